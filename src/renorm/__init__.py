@@ -1,0 +1,54 @@
+"""Batch normalization that means the same thing in training and at inference."""
+
+from . import functional, samplers
+from .convert import ConversionReport, convert, to_batchnorm
+from .layers import (
+    BatchGroupNorm,
+    BatchGroupNorm1d,
+    BatchGroupNorm2d,
+    BatchGroupNorm3d,
+    BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchRenorm,
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    GhostBatchNorm,
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+    GhostBatchNorm3d,
+)
+from .limits import Limits
+from .moments import Moments
+from .norm import Norm
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchGroupNorm",
+    "BatchGroupNorm1d",
+    "BatchGroupNorm2d",
+    "BatchGroupNorm3d",
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchRenorm",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "ConversionReport",
+    "GhostBatchNorm",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
+    "Limits",
+    "Moments",
+    "Norm",
+    "convert",
+    "functional",
+    "samplers",
+    "to_batchnorm",
+]

@@ -1,0 +1,269 @@
+"""Normalization without state: what the layers do, as functions of their inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import check_channels, check_example_weight, check_groups, check_input, check_mask
+from .grouping import Grouping
+from .moments import Moments
+from .ops import reference
+from .ops.normalize import normalize
+from .ops.types import Correction, Running
+from .tracking import update_running
+
+__all__ = ["batch_norm", "batch_renorm", "renormalize", "update_running", "weighted_batch_norm"]
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    examples_per_group: int | None = None,
+    channels_per_group: int = 1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Moments]:
+    """Normalize by the statistics of the batch, or of groups within it.
+
+    Batch norm, ghost batch norm (`examples_per_group`), group norm (`examples_per_group=1`, `channels_per_group`),
+    layer norm, instance norm and batch-group norm.
+
+    Args:
+        x: input, (N, C, *S), floating point.
+        weight: gamma, (C,); None for 1.
+        bias: beta, (C,); None for 0.
+        mask: True where an element counts, (N, *S) or broadcastable to it; None for everywhere.
+        examples_per_group: consecutive examples that share statistics; None for all.
+        channels_per_group: consecutive channels that share statistics.
+        eps: added to the variance.
+
+    Returns:
+        The output, shape and dtype of x, 0 where masked; and the moments of every channel in every example
+        group, (G, C), constants for autograd.
+
+    Raises:
+        TypeError: x is not floating point, or the mask not boolean.
+        ValueError: a shape does not fit, or a group has a single element.
+
+    Source:
+        Ioffe & Szegedy 2015; Summers & Dinneen 2020, sections 3.2 and 3.4.
+
+    Example:
+        >>> y, moments = batch_norm(torch.tensor([[1.0], [3.0]]), eps=0.0)
+        >>> y.tolist(), moments.mean.item(), moments.var.item()
+        ([[-1.0], [1.0]], 2.0, 1.0)
+    """
+    return _train(x, weight, bias, mask, None, Grouping(examples_per_group, channels_per_group), eps)
+
+
+def batch_renorm(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    r_max: float | Tensor,
+    d_max: float | Tensor,
+    mask: Tensor | None = None,
+    examples_per_group: int | None = None,
+    channels_per_group: int = 1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Moments]:
+    """Normalize by the statistics of the batch, corrected towards the running statistics.
+
+    x_hat = (x - mean) / sigma * r + d, with r = sigma / running_sigma and d = (mean - running_mean) / running_sigma,
+    clipped and without gradient. Where neither is clipped the output is that of evaluation.
+
+    Args:
+        x: input, (N, C, *S), floating point.
+        running_mean: (C,), from before this batch.
+        running_var: (C,), from before this batch.
+        weight: gamma, (C,); None for 1.
+        bias: beta, (C,); None for 0.
+        r_max: r is clipped to [1 / r_max, r_max]; at least 1.
+        d_max: d is clipped to [-d_max, d_max]; at least 0.
+        mask: True where an element counts, (N, *S) or broadcastable to it; None for everywhere.
+        examples_per_group: consecutive examples that share statistics; None for all.
+        channels_per_group: consecutive channels that share statistics; such a group's running mean and variance
+            are the pooled ones of its channels.
+        eps: added to the variances.
+
+    Returns:
+        The output, shape and dtype of x, 0 where masked; and the moments of every channel in every example
+        group, (G, C), constants for autograd. A group of one element yields bias + weight * d.
+
+    Raises:
+        TypeError: x is not floating point, or the mask not boolean.
+        ValueError: a shape does not fit.
+
+    Source:
+        Ioffe 2017, algorithm 1.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> y, _ = batch_renorm(x, torch.tensor([1.0]), torch.tensor([4.0]), r_max=3, d_max=5, eps=0.0)
+        >>> y.tolist()  # (x - 1) / 2
+        [[0.0], [1.0]]
+    """
+    running_mean, running_var = _statistics(x, running_mean, running_var)
+    limits = (torch.as_tensor(limit, dtype=running_mean.dtype, device=x.device) for limit in (r_max, d_max))
+    grouping = Grouping(examples_per_group, channels_per_group)
+    return _train(x, weight, bias, mask, Running(running_mean, running_var, *limits), grouping, eps)
+
+
+def renormalize(
+    x: Tensor,
+    r: Tensor,
+    d: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    examples_per_group: int | None = None,
+    channels_per_group: int = 1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Moments]:
+    """Normalize by the statistics of the batch, then scale by r and shift by d, which are given.
+
+    Args:
+        x: input, (N, C, *S), floating point.
+        r: factor of the scale, (G, K): one number per example group and channel group; no gradient flows to it.
+        d: shift, (G, K); no gradient flows to it.
+        weight: gamma, (C,); None for 1.
+        bias: beta, (C,); None for 0.
+        mask: True where an element counts, (N, *S) or broadcastable to it; None for everywhere.
+        examples_per_group: consecutive examples that share statistics; None for all.
+        channels_per_group: consecutive channels that share statistics.
+        eps: added to the variance.
+
+    Returns:
+        The output, shape and dtype of x, 0 where masked; and the moments of every channel in every example
+        group, (G, C), constants for autograd.
+
+    Raises:
+        TypeError: x is not floating point, or the mask not boolean.
+        ValueError: a shape does not fit.
+
+    Source:
+        Ioffe 2017, section 3.
+
+    Example:
+        >>> y, _ = renormalize(torch.tensor([[1.0], [3.0]]), torch.tensor([[0.5]]), torch.tensor([[0.5]]), eps=0.0)
+        >>> y.tolist()
+        [[0.0], [1.0]]
+    """
+    grouping = Grouping(examples_per_group, channels_per_group)
+    check_channels(x.shape[1], channels_per_group)
+    shape = (sum(groups for groups, _ in grouping.parts(x.shape[0])), x.shape[1] // channels_per_group)
+    for name, value in (("r", r), ("d", d)):
+        if value.shape != shape:
+            raise ValueError(f"{name} must have one number per group, shape {shape}, got {tuple(value.shape)}")
+    dtype = _accumulation_dtype(x)
+    return _train(x, weight, bias, mask, Correction(r.detach().to(dtype), d.detach().to(dtype)), grouping, eps)
+
+
+def weighted_batch_norm(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    example_weight: float = 0.0,
+    mask: Tensor | None = None,
+    channels_per_group: int = 1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Evaluate: normalize by the running statistics, weighed with the statistics of each example by itself.
+
+    Every output depends on its own example only. An example weight of 0 is batch norm's ordinary evaluation,
+    bit for bit; 1 is instance norm, or group norm with `channels_per_group`.
+
+    Args:
+        x: input, (N, C, *S), floating point.
+        running_mean: (C,).
+        running_var: (C,).
+        weight: gamma, (C,); None for 1.
+        bias: beta, (C,); None for 0.
+        example_weight: alpha, the weight of the example's own statistics, in [0, 1].
+        mask: True where an element counts, (N, *S) or broadcastable to it; None for everywhere. An example that
+            is masked wholly has no statistics, and weighs nothing.
+        channels_per_group: consecutive channels that share statistics.
+        eps: added to the variance.
+
+    Returns:
+        The output, shape and dtype of x, 0 where masked.
+
+    Raises:
+        TypeError: x is not floating point, or the mask not boolean.
+        ValueError: a shape does not fit, or `example_weight` is outside [0, 1].
+
+    Source:
+        Summers & Dinneen 2020, section 3.1, equation 3.
+
+    Example:
+        >>> x = torch.tensor([[[0.0, 2.0]]])
+        >>> mean, var = torch.tensor([3.0]), torch.tensor([1.0])
+        >>> weighted_batch_norm(x, mean, var, eps=0.0).tolist()
+        [[[-3.0, -1.0]]]
+        >>> weighted_batch_norm(x, mean, var, example_weight=1.0, eps=0.0).tolist()
+        [[[-1.0, 1.0]]]
+    """
+    check_example_weight(example_weight)
+    check_input(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    check_channels(x.shape[1], channels_per_group)
+    running_mean, running_var = _statistics(x, running_mean, running_var)
+    if example_weight > 0 and x.numel() > 0:
+        mask = None if mask is None else check_mask(mask, x)
+        return reference.evaluate(
+            x, weight, bias, mask, running_mean, running_var, example_weight, channels_per_group, eps
+        )
+    if channels_per_group > 1:
+        group = reference.pool_running(running_mean, running_var, channels_per_group)
+        running_mean, running_var = (
+            moment[0].repeat_interleave(channels_per_group) for moment in (group.mean, group.var)
+        )
+    weight, bias = (None if p is None else p.to(running_mean.dtype) for p in (weight, bias))
+    y = torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+    return y if mask is None else y.where(check_mask(mask, x).unsqueeze(1), 0)
+
+
+def _train(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    correction: Running | Correction | None,
+    grouping: Grouping,
+    eps: float,
+) -> tuple[Tensor, Moments]:
+    running_mean = correction.mean if isinstance(correction, Running) else None
+    check_input(x, running_mean=running_mean, weight=weight, bias=bias)
+    mask = None if mask is None else check_mask(mask, x)
+    if x.numel() == 0:
+        return _empty(x, weight, bias)
+    check_groups(x, grouping, corrected=correction is not None)
+    y, moments, _ = normalize(x, weight, bias, mask, correction, grouping, eps)
+    return y, moments
+
+
+def _empty(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments]:
+    # Connected to weight and bias, so that their gradients are zeros rather than missing.
+    y = x.clone()
+    for parameter in (weight, bias):
+        if parameter is not None:
+            y = y + parameter.sum().to(x.dtype)
+    nothing = torch.zeros(1, x.shape[1], dtype=_accumulation_dtype(x), device=x.device)
+    return y, Moments(nothing, nothing, nothing[:, :1])
+
+
+def _statistics(x: Tensor, *statistics: Tensor) -> list[Tensor]:
+    return [statistic.to(_accumulation_dtype(x)) for statistic in statistics]
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

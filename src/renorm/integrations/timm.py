@@ -1,0 +1,85 @@
+"""timm's BatchNormAct2d, a batch norm with drop and activation inside, with our layers in place of the batch norm."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layers import (
+    BatchGroupNorm,
+    BatchGroupNorm2d,
+    BatchNorm,
+    BatchNorm2d,
+    BatchRenorm,
+    BatchRenorm2d,
+    GhostBatchNorm,
+    GhostBatchNorm2d,
+)
+from ..norm import Norm
+
+
+class NormAct(Norm):
+    """A norm followed by the modules `drop` and `act`, under timm's names for them.
+
+    Args:
+        *args: those of the norm.
+        drop: applied to the normalized output; None for nothing.
+        act: applied last; None for nothing.
+        **options: those of the norm.
+    """
+
+    def __init__(self, *args: Any, drop: nn.Module | None = None, act: nn.Module | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        del self.act  # the name of an activation gives way to the module
+        self.drop = drop or nn.Identity()
+        self.act = act or nn.Identity()  # type: ignore[assignment]
+
+    def _activate(self, y: Tensor) -> Tensor:
+        return self.act(self.drop(y))  # type: ignore[operator, no-any-return]
+
+    def extra_repr(self) -> str:
+        """Settings of the norm; the modules print themselves."""
+        return super().extra_repr()
+
+
+class BatchNormAct2d(NormAct, BatchNorm2d):
+    """`BatchNorm2d` with timm's drop and activation."""
+
+
+class BatchRenormAct2d(NormAct, BatchRenorm2d):
+    """`BatchRenorm2d` with timm's drop and activation."""
+
+
+class GhostBatchNormAct2d(NormAct, GhostBatchNorm2d):
+    """`GhostBatchNorm2d` with timm's drop and activation."""
+
+
+class BatchGroupNormAct2d(NormAct, BatchGroupNorm2d):
+    """`BatchGroupNorm2d` with timm's drop and activation."""
+
+
+ACT_LAYERS: dict[type[Norm], type[NormAct]] = {
+    BatchNorm: BatchNormAct2d,
+    BatchNorm2d: BatchNormAct2d,
+    BatchRenorm: BatchRenormAct2d,
+    BatchRenorm2d: BatchRenormAct2d,
+    GhostBatchNorm: GhostBatchNormAct2d,
+    GhostBatchNorm2d: GhostBatchNormAct2d,
+    BatchGroupNorm: BatchGroupNormAct2d,
+    BatchGroupNorm2d: BatchGroupNormAct2d,
+}
+
+
+def is_batch_norm_act(module: nn.Module) -> bool:
+    """Whether a module is timm's BatchNormAct2d itself; timm is not imported for it.
+
+    Args:
+        module: any module.
+
+    Returns:
+        True for exactly that class.
+    """
+    timm_layers = sys.modules.get("timm.layers")
+    return timm_layers is not None and type(module) is timm_layers.BatchNormAct2d

@@ -1,0 +1,126 @@
+"""The limits of batch renormalization's correction, and how they relax over training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+# P1, section 4: plain batch norm for 5,000 of 130,000 steps, d_max reached at 25,000, r_max at 40,000.
+_PAPER_STEPS = 130_000
+_PAPER_START = 5_000
+_PAPER_D_END = 25_000
+_PAPER_R_END = 40_000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far the correction r and d may go, as a function of the training step.
+
+    Before `start` the limits are 1 and 0, which is plain batch norm; then r_max grows linearly until step
+    `r_end` and d_max until step `d_end`. The defaults are the paper's, for a training of 130,000 steps:
+    for another length use `Limits.over(total_steps)`, or a short training never leaves plain batch norm.
+
+    Args:
+        r_max: r stays within [1 / r_max, r_max]; at least 1. Infinite only without a ramp.
+        d_max: d stays within [-d_max, d_max]; at least 0. Infinite only without a ramp.
+        start: last step of plain batch norm; the steps are counted by `num_batches_tracked`, from 0.
+        r_end: step at which r_max is reached; `start` makes it a switch.
+        d_end: step at which d_max is reached; `start` makes it a switch.
+
+    Raises:
+        ValueError: a limit or a step is out of range.
+
+    Source:
+        Ioffe 2017, section 4; the linear form of the ramps is ours, the paper says "gradually relaxed".
+
+    Example:
+        >>> limits = Limits.over(1_300)
+        >>> limits
+        Limits(r_max=3.0, d_max=5.0, start=50, r_end=400, d_end=250)
+        >>> limits(torch.tensor(225), torch.float32)
+        (tensor(2.), tensor(4.3750))
+    """
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+    start: int = _PAPER_START
+    r_end: int = _PAPER_R_END
+    d_end: int = _PAPER_D_END
+
+    def __post_init__(self) -> None:
+        if not self.r_max >= 1:
+            raise ValueError(f"r_max must be at least 1 (1 means no scaling), got {self.r_max}")
+        if not self.d_max >= 0:
+            raise ValueError(f"d_max must be at least 0 (0 means no shift), got {self.d_max}")
+        if self.start < 0:
+            raise ValueError(f"start must be a step of at least 0, got {self.start}")
+        for name, end, limit in (("r_end", self.r_end, self.r_max), ("d_end", self.d_end, self.d_max)):
+            if end < self.start:
+                raise ValueError(f"{name} must not come before start={self.start}, got {end}")
+            if end > self.start and math.isinf(limit):
+                raise ValueError(f"an infinite limit cannot be ramped: {name} must equal start={self.start}, got {end}")
+
+    @classmethod
+    def constant(cls, r_max: float = 3.0, d_max: float = 5.0) -> Self:
+        """The same limits at every step, from the first: for models that are already trained.
+
+        Args:
+            r_max: limit of r, at least 1.
+            d_max: limit of d, at least 0.
+
+        Returns:
+            Limits without a ramp.
+
+        Example:
+            >>> Limits.constant(2.0, 1.0)(torch.tensor(0), torch.float32)
+            (tensor(2.), tensor(1.))
+        """
+        return cls(r_max, d_max, start=0, r_end=0, d_end=0)
+
+    @classmethod
+    def over(cls, total_steps: int, r_max: float = 3.0, d_max: float = 5.0) -> Self:
+        """The paper's ramps in proportion to a training of another length.
+
+        Args:
+            total_steps: number of training steps, at least 1.
+            r_max: limit of r at the end, at least 1.
+            d_max: limit of d at the end, at least 0.
+
+        Returns:
+            Limits that start at 1/26 of the training and end at 8/26 (r) and 5/26 (d).
+
+        Raises:
+            ValueError: `total_steps` is less than 1.
+
+        Example:
+            >>> Limits.over(130_000) == Limits()
+            True
+        """
+        if total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+        start, r_end, d_end = (
+            round(total_steps * step / _PAPER_STEPS) for step in (_PAPER_START, _PAPER_R_END, _PAPER_D_END)
+        )
+        return cls(r_max, d_max, start, r_end, d_end)
+
+    def __call__(self, step: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """r_max and d_max at a step, without leaving the device.
+
+        Args:
+            step: number of updates so far, a 0-d integer tensor.
+            dtype: floating dtype of the result.
+
+        Returns:
+            r_max and d_max as 0-d tensors.
+        """
+        step = step.to(dtype)
+        return self._ramp(step, 1.0, self.r_max, self.r_end), self._ramp(step, 0.0, self.d_max, self.d_end)
+
+    def _ramp(self, step: Tensor, low: float, high: float, end: int) -> Tensor:
+        if end == self.start:
+            return torch.full_like(step, high).where(step >= end, low)
+        return low + (high - low) * ((step - self.start) / (end - self.start)).clamp(0, 1)

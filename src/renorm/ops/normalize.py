@@ -1,0 +1,86 @@
+"""Training forward and backward as one differentiable operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..grouping import Grouping
+from ..moments import Moments
+from . import aten, reference
+from .types import Correction, Forward, Gradients, Running
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    correction: Running | Correction | None,
+    grouping: Grouping,
+    eps: float,
+) -> Forward:
+    """`reference.forward` with its closed-form gradient; only x, weight and bias have one.
+
+    Args:
+        x: input, (N, C, *S), not empty.
+        weight: gamma, (C,), or None for 1.
+        bias: beta, (C,), or None for 0.
+        mask: True where an element counts, (N, *S), or None.
+        correction: what r and d are computed from, or r and d themselves; None for batch norm.
+        grouping: which elements share statistics.
+        eps: added to the variance.
+
+    Returns:
+        The output, the moments, and r and d; the last two are constants for autograd.
+    """
+    y, mean, var, count, *applied = _Normalize.apply(x, weight, bias, mask, correction, grouping, eps)
+    return Forward(y, Moments(mean, var, count), Correction(*applied) if applied else None)
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        correction: Running | Correction | None,
+        grouping: Grouping,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        y, moments, applied = reference.forward(x, weight, bias, mask, correction, grouping, eps)
+        return y, *moments, *(applied or ())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        x, weight, bias, mask, _, ctx.grouping, ctx.eps = inputs
+        statistics = output[1:]
+        ctx.mark_non_differentiable(*statistics)
+        ctx.save_for_backward(x, weight, bias, mask, *statistics)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mask, mean, var, count, *applied = ctx.saved_tensors
+        moments, correction = Moments(mean, var, count), Correction(*applied) if applied else None
+        gradients = _backward(dy, x, weight, mask, moments, correction, ctx.grouping, ctx.eps)
+        dweight = None if weight is None else gradients.weight.to(weight.dtype)
+        dbias = None if bias is None else gradients.bias.to(bias.dtype)
+        return gradients.x, dweight, dbias, None, None, None, None
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    moments: Moments,
+    correction: Correction | None,
+    grouping: Grouping,
+    eps: float,
+) -> Gradients:
+    if aten.suits_backward(mask, moments, grouping):
+        return aten.backward(dy, x, weight, moments, correction, eps)
+    return reference.backward(dy, x, weight, mask, moments, correction, grouping, eps)

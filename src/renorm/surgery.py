@@ -1,0 +1,73 @@
+"""Replacing modules inside a model, so that everything that points at their state stays valid."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_WRAPPERS = {
+    "DistributedDataParallel": "wrapping in DistributedDataParallel",
+    "DataParallel": "wrapping in DataParallel",
+    "FullyShardedDataParallel": "sharding",
+    "FSDPModule": "sharding",
+    "OptimizedModule": "torch.compile",
+    "ScriptModule": "scripting",
+}
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse a model whose wrapper has taken note of its layers.
+
+    Args:
+        model: any model.
+
+    Raises:
+        ValueError: the model, or a part of it, is wrapped, sharded, compiled or scripted.
+    """
+    for name, module in model.named_modules():
+        for ancestor in type(module).__mro__:
+            if ancestor.__name__ in _WRAPPERS and ancestor.__module__.startswith("torch."):
+                raise ValueError(
+                    f"model must be converted before {_WRAPPERS[ancestor.__name__]}, "
+                    f"got {ancestor.__name__} at {name or 'the root'!r}"
+                )
+
+
+def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Put modules in the place of others, wherever these occur.
+
+    Args:
+        model: model, changed in place.
+        replacements: new module of each old one.
+
+    Returns:
+        The model, or what replaces it.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+    return replacements.get(model, model)
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Give a new norm layer the very parameters and buffers of an old one, its mode and its hooks.
+
+    Optimizers that hold the parameters stay valid. Running statistics of the old layer in half precision are
+    copied to float32 where the new layer keeps float32.
+
+    Args:
+        old: layer with weight and bias, and perhaps running statistics.
+        new: layer with the same.
+    """
+    new.register_parameter("weight", old.weight)
+    new.register_parameter("bias", old.bias)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        buffer = getattr(old, name, None)
+        if buffer is not None:
+            kept = new.get_buffer(name)
+            new.register_buffer(name, buffer.to(torch.promote_types(buffer.dtype, kept.dtype)))
+    new.train(old.training)
+    vars(new).update(
+        {name: value for name, value in vars(old).items() if name.endswith(("_hooks", "_hooks_with_kwargs"))}
+    )

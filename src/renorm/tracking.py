@@ -1,0 +1,90 @@
+"""How the running statistics move: one rule per function, all stored as a mean and a variance."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .moments import Moments
+
+Tracking = Literal["std", "var", "total"]
+
+
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    moments: Moments,
+    *,
+    momentum: float | Tensor,
+    tracking: Tracking,
+    channels_per_group: int = 1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """The running statistics after one more batch; one batch is one update, whatever its groups.
+
+    Args:
+        running_mean: (C,), float32 or float64.
+        running_var: (C,), same dtype.
+        moments: of every channel in every example group, (G, C), with count (G, 1).
+        momentum: weight of the batch, in [0, 1] (PyTorch's convention), a number or a 0-d tensor.
+        tracking: "std" averages the standard deviation over groups and batches (batch renormalization), "var"
+            the batch's unbiased variance (nn.BatchNorm), "total" the second moment (P2: the variance around
+            the running mean, between batches included).
+        channels_per_group: consecutive channels that share statistics.
+        eps: added to the variance where "std" takes its square root.
+
+    Returns:
+        New running_mean and running_var, (C,) each. "std" and "var" leave running_var as it was where every
+        group has a single element, since that says nothing of the spread.
+
+    Source:
+        Ioffe 2017, algorithm 1 ("std"); Ioffe & Szegedy 2015 ("var"); Summers & Dinneen 2020, section 3.1 ("total").
+
+    Example:
+        >>> zero, one = torch.zeros(1), torch.ones(1)
+        >>> batch = Moments(torch.tensor([[2.0]]), torch.tensor([[3.0]]), torch.tensor([[4.0]]))
+        >>> update_running(zero, one, batch, momentum=0.5, tracking="var")
+        (tensor([1.]), tensor([2.5000]))
+        >>> update_running(zero, one, batch, momentum=0.5, tracking="total")
+        (tensor([1.]), tensor([3.]))
+    """
+    moments = Moments(*(moment.to(running_mean.dtype) for moment in moments))
+    batch = moments.merged(0)  # (C,)
+    mean = running_mean + momentum * (batch.mean - running_mean)
+    if tracking == "total":
+        between = (batch.mean - running_mean).square()
+        return mean, running_var + momentum * (batch.var - running_var) + momentum * (1 - momentum) * between
+    update = _update_std if tracking == "std" else _update_var
+    var = update(running_var, moments, batch, momentum, eps)
+    has_spread = (moments.count * channels_per_group > 1).any()
+    return mean, torch.where(has_spread, var, running_var)
+
+
+def _update_var(running_var: Tensor, moments: Moments, batch: Moments, momentum: float | Tensor, eps: float) -> Tensor:
+    unbiased = batch.var * batch.count / (batch.count - 1).clamp(min=1)
+    return running_var + momentum * (unbiased - running_var)
+
+
+def _update_std(running_var: Tensor, moments: Moments, batch: Moments, momentum: float | Tensor, eps: float) -> Tensor:
+    # The square of the moving average of sigma, less eps, written so that nothing cancels.
+    share = moments.count / moments.count.sum(0).clamp(min=1)
+    sigma = (share * (moments.var + eps).sqrt()).sum(0)
+    running_sigma = (running_var + eps).sqrt()
+    var = sigma.square() - eps
+    step = (var - running_var) / (sigma + running_sigma)
+    return running_var + momentum * (var - running_var) - momentum * (1 - momentum) * step.square()
+
+
+def require_tracking(tracking: str) -> None:
+    """Refuse a rule that does not exist.
+
+    Args:
+        tracking: name of the rule.
+
+    Raises:
+        ValueError: it is none of "std", "var" and "total".
+    """
+    if tracking not in get_args(Tracking):
+        raise ValueError(f"tracking must be one of {', '.join(map(repr, get_args(Tracking)))}, got {tracking!r}")
