@@ -17,7 +17,7 @@ from . import layers
 from .integrations.timm import ACT_LAYERS, NormAct, is_batch_norm_act
 from .layers import BatchGroupNorm, BatchNorm, BatchRenorm, GhostBatchNorm
 from .norm import Norm
-from .ops.reference import pool_running
+from .ops.statistics import pool_running
 from .surgery import carry_over, refuse_wrapped, replace_modules
 
 _FAMILIES = (BatchNorm, BatchRenorm, GhostBatchNorm, BatchGroupNorm)
@@ -240,9 +240,7 @@ def _target(module: nn.Module, to: type[Norm]) -> tuple[type[Norm] | None, str]:
     return to, ""
 
 
-def _replacement(
-    name: str, old: nn.Module, target: type[Norm], steps: Literal["keep", 0], options: dict[str, Any]
-) -> Norm:
+def _replacement(name: str, old: Any, target: type[Norm], steps: Literal["keep", 0], options: dict[str, Any]) -> Norm:
     inherited: dict[str, Any] = {"eps": old.eps, "affine": False}
     if isinstance(old, nn.GroupNorm):
         inherited |= {"num_features": old.num_channels, "num_groups": old.num_groups}
@@ -292,8 +290,7 @@ def _obstacle(layer: Norm) -> str:
     return ""
 
 
-def _plain(layer: Norm) -> nn.Module:
-    new: nn.Module
+def _plain(layer: Norm) -> Any:
     settings = (layer.num_features, layer.eps, layer.momentum, False, layer.track_running_stats)
     if isinstance(layer, NormAct):
         new = sys.modules["timm.layers"].BatchNormAct2d(*settings)
@@ -314,7 +311,7 @@ def _plain_class(layer: Norm) -> type[nn.Module]:
     raise AssertionError(layer.input_ranks)
 
 
-def _fit_statistics(layer: Norm, new: nn.Module) -> None:
+def _fit_statistics(layer: Norm, new: Any) -> None:
     k = layer.channels_per_group
     if k > 1:
         group = pool_running(layer.running_mean, layer.running_var, k)

@@ -8,8 +8,9 @@ from torch import Tensor
 from .checks import check_channels, check_example_weight, check_groups, check_input, check_mask
 from .grouping import Grouping
 from .moments import Moments
-from .ops import reference
+from .ops.evaluation import evaluate
 from .ops.normalize import normalize
+from .ops.statistics import pool_running
 from .ops.types import Correction, Running
 from .tracking import update_running
 
@@ -219,11 +220,9 @@ def weighted_batch_norm(
     running_mean, running_var = _statistics(x, running_mean, running_var)
     if example_weight > 0 and x.numel() > 0:
         mask = None if mask is None else check_mask(mask, x)
-        return reference.evaluate(
-            x, weight, bias, mask, running_mean, running_var, example_weight, channels_per_group, eps
-        )
+        return evaluate(x, weight, bias, mask, running_mean, running_var, example_weight, channels_per_group, eps)
     if channels_per_group > 1:
-        group = reference.pool_running(running_mean, running_var, channels_per_group)
+        group = pool_running(running_mean, running_var, channels_per_group)
         running_mean, running_var = (
             moment[0].repeat_interleave(channels_per_group) for moment in (group.mean, group.var)
         )

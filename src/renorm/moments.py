@@ -26,7 +26,7 @@ class Moments(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides a method of tuples that nobody calls here
 
     def merged(self, dim: int) -> Moments:
         """Moments of the union of the sets along `dim`, weighted by their counts.

@@ -57,6 +57,14 @@ class Norm(nn.Module):
     """
 
     input_ranks: ClassVar[tuple[int, ...]] = (2, 3, 4, 5)
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    # None without track_running_stats; every use is behind that question
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    num_batches_skipped: Tensor
+
     _version = 2  # nn.BatchNorm's, whose checkpoints had no num_batches_tracked before
 
     def __init__(
@@ -221,7 +229,7 @@ class Norm(nn.Module):
 
     @torch.no_grad()
     def _track(self, moments: Moments) -> None:
-        momentum = self.momentum
+        momentum: float | Tensor | None = self.momentum
         if momentum is None:
             momentum = 1 / (self.num_batches_tracked + 1).to(self.running_mean.dtype)
         mean, var = F.update_running(
@@ -270,7 +278,7 @@ class Norm(nn.Module):
             parts.append(f"tracking={self.tracking!r}")
         if self.example_weight > 0:
             parts.append(f"example_weight={self.example_weight}")
-        if self.act is not None:
+        if isinstance(self.act, str):
             parts.append(f"act={self.act!r}")
         if self.limits is not None:
             parts.append(f"limits={self.limits}")

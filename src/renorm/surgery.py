@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -50,7 +52,7 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
     return replacements.get(model, model)
 
 
-def carry_over(old: nn.Module, new: nn.Module) -> None:
+def carry_over(old: Any, new: nn.Module) -> None:
     """Give a new norm layer the very parameters and buffers of an old one, its mode and its hooks.
 
     Optimizers that hold the parameters stay valid. Running statistics of the old layer in half precision are

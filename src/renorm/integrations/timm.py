@@ -34,14 +34,11 @@ class NormAct(Norm):
         super().__init__(*args, **options)
         del self.act  # the name of an activation gives way to the module
         self.drop = drop or nn.Identity()
-        self.act = act or nn.Identity()  # type: ignore[assignment]
+        self.add_module("act", act or nn.Identity())
 
     def _activate(self, y: Tensor) -> Tensor:
-        return self.act(self.drop(y))  # type: ignore[operator, no-any-return]
-
-    def extra_repr(self) -> str:
-        """Settings of the norm; the modules print themselves."""
-        return super().extra_repr()
+        activated: Tensor = self.get_submodule("act")(self.drop(y))
+        return activated
 
 
 class BatchNormAct2d(NormAct, BatchNorm2d):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..grouping import Grouping
 from ..moments import Moments
-from .aten import scale_shift_, sum_and_dot
+from .aten import sum_and_dot
+from .statistics import apply, center, collect, correct, element_dims, expand, pool, scale_shift, spread
 from .types import Correction, Forward, Gradients, Running
 
 
@@ -49,7 +50,8 @@ def forward(
         return _forward(x, weight, bias, mask, correction, parts[0].num_groups, k, eps)
     pieces = [
         _forward(
-            x[part.examples], weight, bias, _rows(mask, part.examples), _groups(correction, part.groups),
+            x[part.examples], weight, bias, _rows(mask, part.examples),
+            _of_groups(correction, part.groups) if isinstance(correction, Correction) else correction,
             part.num_groups, k, eps,
         )
         for part in parts
@@ -95,7 +97,7 @@ def backward(
     pieces = [
         _backward(
             dy[part.examples], x[part.examples], weight, _rows(mask, part.examples),
-            Moments(*(moment[part.groups] for moment in moments)), _groups(correction, part.groups),
+            Moments(*(moment[part.groups] for moment in moments)), _of_groups(correction, part.groups),
             part.num_groups, k, eps,
         )
         for part in parts
@@ -104,106 +106,6 @@ def backward(
         return pieces[0]
     dx, dweight, dbias = zip(*pieces, strict=True)
     return Gradients(torch.cat(dx), sum(dweight[1:], dweight[0]), sum(dbias[1:], dbias[0]))
-
-
-def correct(group: Moments, running: Running, channels_per_group: int, eps: float) -> Correction:
-    """r and d: how far the batch's statistics are from the running statistics, within the limits.
-
-    Args:
-        group: moments of every group, (G, K).
-        running: running statistics and limits.
-        channels_per_group: consecutive channels that share statistics.
-        eps: added to the variances.
-
-    Returns:
-        r and d, (G, K) each.
-    """
-    target = pool_running(running.mean, running.var, channels_per_group)  # (1, K)
-    sigma = (target.var + eps).sqrt()
-    r = ((group.var + eps).sqrt() / sigma).clamp(1 / running.r_max, running.r_max)
-    d = ((group.mean - target.mean) / sigma).clamp(-running.d_max, running.d_max)
-    return Correction(r, d)
-
-
-def pool(channel: Moments, channels_per_group: int) -> Moments:
-    """Moments of channel groups from those of their channels.
-
-    Args:
-        channel: moments of every channel, (G, C); its count is (G, 1).
-        channels_per_group: consecutive channels that share statistics.
-
-    Returns:
-        Moments (G, K).
-    """
-    if channels_per_group == 1:
-        return channel
-    grouped = Moments(
-        channel.mean.unflatten(1, (-1, channels_per_group)),
-        channel.var.unflatten(1, (-1, channels_per_group)),
-        channel.count[..., None],
-    )
-    mean = grouped.mean.mean(2, keepdim=True)
-    var = (grouped.var + (grouped.mean - mean).square()).mean(2)
-    return Moments(mean.squeeze(2), var, channel.count * channels_per_group)
-
-
-def pool_running(mean: Tensor, var: Tensor, channels_per_group: int) -> Moments:
-    """The running mean and variance that every channel group sees.
-
-    Args:
-        mean: running means, (C,).
-        var: running variances, (C,).
-        channels_per_group: consecutive channels that share statistics.
-
-    Returns:
-        Moments (1, K), with a count of one per channel.
-    """
-    return pool(Moments(mean[None], var[None], torch.ones_like(mean[None, :1])), channels_per_group)
-
-
-def evaluate(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    example_weight: float,
-    channels_per_group: int,
-    eps: float,
-) -> Tensor:
-    """Evaluation: running statistics, weighed with those of each example by itself.
-
-    Args:
-        x: input, (N, C, *S), not empty.
-        weight: gamma, (C,), or None for 1.
-        bias: beta, (C,), or None for 0.
-        mask: True where an element counts, (N, *S), or None.
-        running_mean: (C,).
-        running_var: (C,).
-        example_weight: alpha, the weight of the example's own statistics, in [0, 1].
-        channels_per_group: consecutive channels that share statistics.
-        eps: added to the variance.
-
-    Returns:
-        The output, shape and dtype of x; differentiable, through the example's own statistics too.
-    """
-    k = channels_per_group
-    running = pool_running(running_mean, running_var, k)  # (1, K)
-    view = x.unsqueeze(1)  # every example is a group: (G = N, 1, C, *S)
-    view_mask = None if mask is None else mask[:, None, None]
-    centered, drift, channel = _center(view, view_mask)
-    example = pool(channel, k)  # (N, K)
-    alpha = example_weight if mask is None else (example.count > 0) * example_weight
-    difference = example.mean - running.mean
-    var = running.var + alpha * (example.var - running.var) + alpha * (1 - alpha) * difference.square()
-    # x - mean, with mean = mu + alpha * (e - mu), from the example's centered channels
-    offset = channel.mean - _spread(example.mean, k) - drift + _spread((1 - alpha) * difference, k)
-    scale = _spread((var + eps).rsqrt(), k)
-    y = _apply(centered, scale, scale * offset, weight, bias)
-    if view_mask is not None:
-        y = y.where(view_mask, 0)
-    return y.squeeze(1).to(x.dtype)
 
 
 class _Part(NamedTuple):
@@ -225,10 +127,8 @@ def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
     return None if tensor is None else tensor[rows]
 
 
-def _groups(correction: Running | Correction | None, groups: slice) -> Running | Correction | None:
-    if not isinstance(correction, Correction):
-        return correction
-    return Correction(correction.r[groups], correction.d[groups])
+def _of_groups(correction: Correction | None, groups: slice) -> Correction | None:
+    return None if correction is None else Correction(correction.r[groups], correction.d[groups])
 
 
 def _forward(
@@ -242,19 +142,19 @@ def _forward(
     eps: float,
 ) -> Forward:
     view, view_mask = _views(x, mask, num_groups)
-    centered, drift, channel = _center(view, view_mask)
+    centered, drift, channel = center(view, view_mask)
     group = pool(channel, k)
     if isinstance(correction, Running):
         correction = correct(group, correction, k, eps)
     scale = (group.var + eps).rsqrt()  # (G, K)
     if correction is not None:
         scale = scale * correction.r
-    scale = _spread(scale, k)
+    scale = spread(scale, k)
     # x_hat = (x - mu_B) * r / sigma_B + d, and x - mu_B = centered + offset
-    shift = scale * (channel.mean - _spread(group.mean, k) - drift)
+    shift = scale * (channel.mean - spread(group.mean, k) - drift)
     if correction is not None:
-        shift = shift + _spread(correction.d, k)
-    y = _apply(centered, scale, shift, weight, bias)
+        shift = shift + spread(correction.d, k)
+    y = apply(centered, scale, shift, weight, bias)
     if view_mask is not None:
         y = y.where(view_mask, 0)
     return Forward(y.flatten(0, 1).to(x.dtype), channel, correction)
@@ -273,34 +173,34 @@ def _backward(
 ) -> Gradients:
     view, view_mask = _views(x, mask, num_groups)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        channel = _center(view, view_mask)[2]  # a second backward must see how the moments depend on x
+        channel = center(view, view_mask)[2]  # a second backward must see how the moments depend on x
     group = pool(channel, k)
     dy = dy.unflatten(0, (num_groups, -1)).to(channel.mean.dtype)
-    centered = view - _expand(channel.mean, view.ndim)
+    centered = view - expand(channel.mean, view.ndim)
     if view_mask is not None:
         dy, centered = dy.where(view_mask, 0), centered.where(view_mask, 0)
-    dims = _element_dims(view)
+    dims = element_dims(view)
     sum_dy, dot = sum_and_dot(dy, centered, dims)  # (G, C)
 
-    offset = channel.mean - _spread(group.mean, k)
+    offset = channel.mean - spread(group.mean, k)
     dot = dot + offset * sum_dy  # sum of dy * (x - mu_B)
     inverse_sigma = (group.var + eps).rsqrt()  # (G, K)
     scale = inverse_sigma if correction is None else inverse_sigma * correction.r
-    dweight = dot * _spread(scale, k)
+    dweight = dot * spread(scale, k)
     if correction is not None:
-        dweight = dweight + sum_dy * _spread(correction.d, k)
+        dweight = dweight + sum_dy * spread(correction.d, k)
 
     gamma = torch.ones_like(channel.mean[0]) if weight is None else weight.to(channel.mean.dtype)
     count = group.count.clamp(min=1)
-    mean_g = _collect(gamma * sum_dy, k) / count
-    mean_gz = _collect(gamma * dot, k) * inverse_sigma / count
+    mean_g = collect(gamma * sum_dy, k) / count
+    mean_gz = collect(gamma * dot, k) * inverse_sigma / count
     slope = -scale * inverse_sigma * mean_gz
-    dx = _scale_shift(
+    dx = scale_shift(
         centered,
-        _expand(_spread(slope, k), view.ndim),
-        _expand(_spread(slope, k) * offset - _spread(scale * mean_g, k), view.ndim),
+        expand(spread(slope, k), view.ndim),
+        expand(spread(slope, k) * offset - spread(scale * mean_g, k), view.ndim),
     )
-    factor = _expand(_spread(scale, k) * gamma, view.ndim)
+    factor = expand(spread(scale, k) * gamma, view.ndim)
     dx = dx + dy * factor if torch.is_grad_enabled() else dx.addcmul_(dy, factor)
     if view_mask is not None:
         dx = dx.where(view_mask, 0)
@@ -311,60 +211,3 @@ def _views(x: Tensor, mask: Tensor | None, num_groups: int) -> tuple[Tensor, Ten
     # (G, n, C, *S) and (G, n, 1, *S); both are views in any memory format
     view_mask = None if mask is None else mask.unflatten(0, (num_groups, -1)).unsqueeze(2)
     return x.unflatten(0, (num_groups, -1)), view_mask
-
-
-def _element_dims(view: Tensor) -> list[int]:
-    return [1, *range(3, view.ndim)]
-
-
-def _center(view: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Moments]:
-    """x less a shift near its channel means, how far the shift is off, and the moments.
-
-    Sums of the shifted values do not suffer from a large mean, and the drift makes up for a shift that is only
-    near: so a part of the examples will do for it. That part's mean is within sqrt(8) standard deviations.
-    """
-    dtype = torch.promote_types(view.dtype, torch.float32)
-    dims = _element_dims(view)
-    if mask is None:
-        elements = view.shape[1] * view.shape[3:].numel()
-        count = torch.full((view.shape[0], 1), float(elements), dtype=dtype, device=view.device)
-        shift = view[:, : max(1, view.shape[1] // 8)].mean(dims, dtype=dtype)
-        centered = view - _expand(shift, view.ndim)
-    else:
-        count = mask.sum(dims).to(dtype)
-        shift = view.where(mask, 0).sum(dims, dtype=dtype) / count.clamp(min=1)
-        centered = (view - _expand(shift, view.ndim)).where(mask, 0)
-    total, squares = sum_and_dot(centered, centered, dims)
-    drift = total / count.clamp(min=1)
-    var = (squares / count.clamp(min=1) - drift.square()).clamp(min=0)
-    return centered, drift, Moments(shift + drift, var, count)
-
-
-def _apply(centered: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    # gamma and beta are folded into the per-channel numbers, (G, C)
-    if weight is not None:
-        scale, shift = scale * weight.to(scale.dtype), shift * weight.to(scale.dtype)
-    if bias is not None:
-        shift = shift + bias.to(scale.dtype)
-    return _scale_shift(centered, _expand(scale, centered.ndim), _expand(shift, centered.ndim))
-
-
-def _scale_shift(tensor: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    if torch.is_grad_enabled():
-        return tensor * scale + shift
-    return scale_shift_(tensor, scale, shift)
-
-
-def _expand(per_channel: Tensor, ndim: int) -> Tensor:
-    # (G, C) -> (G, 1, C, 1, ...)
-    return per_channel[(slice(None), None, ...) + (None,) * (ndim - 3)]
-
-
-def _spread(per_group: Tensor, k: int) -> Tensor:
-    # (G, K) -> (G, C)
-    return per_group if k == 1 else per_group.repeat_interleave(k, 1)
-
-
-def _collect(per_channel: Tensor, k: int) -> Tensor:
-    # (G, C) -> (G, K), summed
-    return per_channel if k == 1 else per_channel.unflatten(1, (-1, k)).sum(2)

@@ -1,0 +1,126 @@
+"""The per-group numbers of normalization, and how they apply to the data.
+
+Shapes: N examples, C channels and positions *S; G example groups of n examples, K channel groups of k channels.
+Big tensors are viewed as (G, n, C, *S).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..moments import Moments
+from .aten import scale_shift_, sum_and_dot
+from .types import Correction, Running
+
+
+def center(view: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Moments]:
+    """x less a shift near its channel means, how far the shift is off, and the moments.
+
+    Sums of the shifted values do not suffer from a large mean, and the drift makes up for a shift that is only
+    near: so a part of the examples will do for it. That part's mean is within sqrt(8) standard deviations.
+    """
+    dtype = torch.promote_types(view.dtype, torch.float32)
+    dims = element_dims(view)
+    if mask is None:
+        elements = view.shape[1] * view.shape[3:].numel()
+        count = torch.full((view.shape[0], 1), float(elements), dtype=dtype, device=view.device)
+        shift = view[:, : max(1, view.shape[1] // 8)].mean(dims, dtype=dtype)
+        centered = view - expand(shift, view.ndim)
+    else:
+        count = mask.sum(dims).to(dtype)
+        shift = view.where(mask, 0).sum(dims, dtype=dtype) / count.clamp(min=1)
+        centered = (view - expand(shift, view.ndim)).where(mask, 0)
+    total, squares = sum_and_dot(centered, centered, dims)
+    drift = total / count.clamp(min=1)
+    var = (squares / count.clamp(min=1) - drift.square()).clamp(min=0)
+    return centered, drift, Moments(shift + drift, var, count)
+
+
+def pool(channel: Moments, channels_per_group: int) -> Moments:
+    """Moments of channel groups from those of their channels.
+
+    Args:
+        channel: moments of every channel, (G, C); its count is (G, 1).
+        channels_per_group: consecutive channels that share statistics.
+
+    Returns:
+        Moments (G, K).
+    """
+    if channels_per_group == 1:
+        return channel
+    grouped = Moments(
+        channel.mean.unflatten(1, (-1, channels_per_group)),
+        channel.var.unflatten(1, (-1, channels_per_group)),
+        channel.count[..., None],
+    )
+    mean = grouped.mean.mean(2, keepdim=True)
+    var = (grouped.var + (grouped.mean - mean).square()).mean(2)
+    return Moments(mean.squeeze(2), var, channel.count * channels_per_group)
+
+
+def pool_running(mean: Tensor, var: Tensor, channels_per_group: int) -> Moments:
+    """The running mean and variance that every channel group sees.
+
+    Args:
+        mean: running means, (C,).
+        var: running variances, (C,).
+        channels_per_group: consecutive channels that share statistics.
+
+    Returns:
+        Moments (1, K), with a count of one per channel.
+    """
+    return pool(Moments(mean[None], var[None], torch.ones_like(mean[None, :1])), channels_per_group)
+
+
+def correct(group: Moments, running: Running, channels_per_group: int, eps: float) -> Correction:
+    """r and d: how far the batch's statistics are from the running statistics, within the limits.
+
+    Args:
+        group: moments of every group, (G, K).
+        running: running statistics and limits.
+        channels_per_group: consecutive channels that share statistics.
+        eps: added to the variances.
+
+    Returns:
+        r and d, (G, K) each.
+    """
+    target = pool_running(running.mean, running.var, channels_per_group)  # (1, K)
+    sigma = (target.var + eps).sqrt()
+    r = ((group.var + eps).sqrt() / sigma).clamp(1 / running.r_max, running.r_max)
+    d = ((group.mean - target.mean) / sigma).clamp(-running.d_max, running.d_max)
+    return Correction(r, d)
+
+
+def apply(centered: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    # gamma and beta are folded into the per-channel numbers, (G, C)
+    if weight is not None:
+        scale, shift = scale * weight.to(scale.dtype), shift * weight.to(scale.dtype)
+    if bias is not None:
+        shift = shift + bias.to(scale.dtype)
+    return scale_shift(centered, expand(scale, centered.ndim), expand(shift, centered.ndim))
+
+
+def scale_shift(tensor: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return tensor * scale + shift
+    return scale_shift_(tensor, scale, shift)
+
+
+def expand(per_channel: Tensor, ndim: int) -> Tensor:
+    # (G, C) -> (G, 1, C, 1, ...)
+    return per_channel[(slice(None), None, ...) + (None,) * (ndim - 3)]
+
+
+def spread(per_group: Tensor, k: int) -> Tensor:
+    # (G, K) -> (G, C)
+    return per_group if k == 1 else per_group.repeat_interleave(k, 1)
+
+
+def collect(per_channel: Tensor, k: int) -> Tensor:
+    # (G, C) -> (G, K), summed
+    return per_channel if k == 1 else per_channel.unflatten(1, (-1, k)).sum(2)
+
+
+def element_dims(view: Tensor) -> list[int]:
+    return [1, *range(3, view.ndim)]
