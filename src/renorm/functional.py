@@ -111,9 +111,8 @@ def batch_renorm(
         [[0.0], [1.0]]
     """
     running_mean, running_var = _statistics(x, running_mean, running_var)
-    limits = (torch.as_tensor(limit, dtype=running_mean.dtype, device=x.device) for limit in (r_max, d_max))
-    grouping = Grouping(examples_per_group, channels_per_group)
-    return _train(x, weight, bias, mask, Running(running_mean, running_var, *limits), grouping, eps)
+    running = Running(running_mean, running_var, r_max, d_max)
+    return _train(x, weight, bias, mask, running, Grouping(examples_per_group, channels_per_group), eps)
 
 
 def renormalize(

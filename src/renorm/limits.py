@@ -77,7 +77,7 @@ class Limits:
 
         Example:
             >>> Limits.constant(2.0, 1.0)(torch.tensor(0), torch.float32)
-            (tensor(2.), tensor(1.))
+            (2.0, 1.0)
         """
         return cls(r_max, d_max, start=0, r_end=0, d_end=0)
 
@@ -107,7 +107,7 @@ class Limits:
         )
         return cls(r_max, d_max, start, r_end, d_end)
 
-    def __call__(self, step: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def __call__(self, step: Tensor, dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
         """r_max and d_max at a step, without leaving the device.
 
         Args:
@@ -115,8 +115,10 @@ class Limits:
             dtype: floating dtype of the result.
 
         Returns:
-            r_max and d_max as 0-d tensors.
+            r_max and d_max as 0-d tensors; as numbers where they never change.
         """
+        if self.start == self.r_end == self.d_end == 0:
+            return self.r_max, self.d_max
         step = step.to(dtype)
         return self._ramp(step, 1.0, self.r_max, self.r_end), self._ramp(step, 0.0, self.d_max, self.d_end)
 

@@ -40,6 +40,8 @@ class Moments(NamedTuple):
         Returns:
             The moments, one dimension less.
         """
+        if self.mean.shape[dim] == 1:
+            return Moments(self.mean.squeeze(dim), self.var.squeeze(dim), self.count.squeeze(dim))
         total = self.count.sum(dim, keepdim=True)
         share = self.count / total.clamp(min=1)
         mean = (share * self.mean).sum(dim, keepdim=True)

@@ -236,7 +236,7 @@ class Norm(nn.Module):
             self.running_mean, self.running_var, moments,
             momentum=momentum, tracking=self.tracking, channels_per_group=self.channels_per_group, eps=self.eps,
         )  # fmt: skip
-        finite = moments.mean.isfinite().all() & moments.var.isfinite().all()
+        finite = (0 * (moments.mean + moments.var)).sum() == 0  # 0 times anything else is not a number
         accepted = finite & (moments.count > 0).any()
         self.running_mean.copy_(torch.where(accepted, mean, self.running_mean))
         self.running_var.copy_(torch.where(accepted, var, self.running_var))

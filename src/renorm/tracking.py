@@ -69,8 +69,7 @@ def _update_var(running_var: Tensor, moments: Moments, batch: Moments, momentum:
 
 def _update_std(running_var: Tensor, moments: Moments, batch: Moments, momentum: float | Tensor, eps: float) -> Tensor:
     # The square of the moving average of sigma, less eps, written so that nothing cancels.
-    share = moments.count / moments.count.sum(0).clamp(min=1)
-    sigma = (share * (moments.var + eps).sqrt()).sum(0)
+    sigma = Moments((moments.var + eps).sqrt(), moments.var, moments.count).merged(0).mean
     running_sigma = (running_var + eps).sqrt()
     var = sigma.square() - eps
     step = (var - running_var) / (sigma + running_sigma)

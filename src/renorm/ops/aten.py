@@ -1,4 +1,8 @@
-"""What torch's own batch norm kernels can do for us: fewer passes over the data than plain tensor code."""
+"""One group per channel, eager and without a mask: by torch's own kernels, in as few operations as possible.
+
+The mathematics is that of `reference`, arranged for speed: what is big, (N, C, *S), is read as seldom as torch's
+kernels allow, and of the operations on what is small, (C,), each costs a microsecond or more.
+"""
 
 from __future__ import annotations
 
@@ -7,71 +11,68 @@ from torch import Tensor
 
 from ..grouping import Grouping
 from ..moments import Moments
-from .types import Correction, Gradients
+from .types import Correction, Forward, Gradients, Running
+
+# The channels_last kernel sums naively in float32: beyond this many elements its error passes 1e-5.
+_NAIVE_SUM_ELEMENTS = 2**16
 
 
-def sum_and_dot(u: Tensor, v: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
-    """Sums of u and of u * v over the elements of every channel and group.
-
-    Args:
-        u: (G, n, C, *S), floating.
-        v: shape and dtype of u.
-        dims: every dimension but those of G and C.
-
-    Returns:
-        sum(u) and sum(u * v), (G, C) each.
-    """
-    if not _suits_reduction(u, v):
-        return u.sum(dims), (u * v).sum(dims)
-    # Batch norm's weight gradient, sum(dy * (x - mean) * invstd), with mean 0 and invstd 1: one pass, no temporary.
-    zeros, ones = u.new_zeros(u.shape[2]), u.new_ones(u.shape[2])
-    _, dot, total = torch.ops.aten.native_batch_norm_backward(
-        u[0], v[0], None, None, None, zeros, ones, True, 0.0, [False, True, True]
-    )
-    return total[None], dot[None]
-
-
-def _suits_reduction(u: Tensor, v: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    if u.device.type != "cpu" or u.ndim != 5 or u.shape[0] != 1:
-        return False
-    layout = torch.contiguous_format if u[0].is_contiguous() else torch.channels_last
-    return u[0].is_contiguous(memory_format=layout) and v[0].is_contiguous(memory_format=layout)
-
-
-def scale_shift_(tensor: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """tensor * scale + shift, in place.
+def suits(x: Tensor, mask: Tensor | None, grouping: Grouping) -> bool:
+    """Whether `forward` and `backward` can take the place of the reference.
 
     Args:
-        tensor: (G, n, C, *S).
-        scale: (G, 1, C, 1, ...).
-        shift: shape of `scale`.
-
-    Returns:
-        `tensor`.
-    """
-    if tensor.stride(2) != 1:  # two fast passes, where a fused one would step through the channels
-        return tensor.mul_(scale).add_(shift)
-    return torch.addcmul(shift, tensor, scale, out=tensor)
-
-
-def suits_backward(mask: Tensor | None, moments: Moments, grouping: Grouping) -> bool:
-    """Whether `backward` can take the place of `reference.backward`.
-
-    Args:
-        mask: mask of the forward.
-        moments: moments of the forward, (G, C).
+        x: input, (N, C, *S).
+        mask: mask, or None.
         grouping: which elements share statistics.
 
     Returns:
-        True for one group per channel without a mask, eager and not for a second backward, since the kernel
-        takes the moments for constants.
+        True for a per-channel group of the whole batch on a CPU, in eager mode, and not where a second backward
+        must see how the moments depend on x.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    one_group = moments.mean.shape[0] == 1 and grouping.is_per_channel
-    return one_group and mask is None and moments.mean.device.type in ("cpu", "cuda")
+    if x.device.type != "cpu" or mask is not None or x.dtype not in (torch.float32, torch.float64):
+        return False
+    whole_batch = grouping.examples_per_group is None or grouping.examples_per_group >= x.shape[0]
+    return whole_batch and grouping.is_per_channel and _is_summed_well(x)
+
+
+def _is_summed_well(x: Tensor) -> bool:
+    return x.is_contiguous() or x.numel() // x.shape[1] <= _NAIVE_SUM_ELEMENTS
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, correction: Running | Correction | None, eps: float
+) -> Forward:
+    """`reference.forward` for one group per channel.
+
+    Args:
+        x: input, (N, C, *S), float32 or float64, not empty.
+        weight: gamma, (C,), or None for 1.
+        bias: beta, (C,), or None for 0.
+        correction: what r and d are computed from, or r and d themselves; None for batch norm.
+        eps: added to the variance.
+
+    Returns:
+        The output, the moments, and r and d.
+    """
+    centered, drift, mean, var = _center(x)
+    scale = (var + eps).rsqrt_()
+    shift = None
+    if correction is not None:
+        r, d = _correct(mean, scale, correction, eps) if isinstance(correction, Running) else _squeezed(correction)
+        correction = Correction(r[None], d[None])
+        scale, shift = scale * r, d
+    if weight is not None:
+        weight = weight.to(scale.dtype)
+        scale, shift = scale * weight, None if shift is None else shift * weight
+    offset = -drift * scale if shift is None else torch.addcmul(shift, drift, scale, value=-1)
+    if bias is not None:
+        offset = offset + bias.to(scale.dtype)
+    per_channel = (-1,) + (1,) * (x.ndim - 2)
+    y = _scale_shift_(centered, scale.view(per_channel), offset.view(per_channel))
+    count = scale.new_full((1, 1), x.numel() // x.shape[1])
+    return Forward(y, Moments(mean[None], var[None], count), correction)
 
 
 def backward(
@@ -90,12 +91,52 @@ def backward(
     Returns:
         The gradients of x, weight and bias.
     """
-    mean = moments.mean[0]
-    gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-    scale = gamma if correction is None else gamma * correction.r[0]
+    mean, scale = moments.mean[0], None if weight is None else weight.to(moments.mean.dtype)
+    if correction is not None:
+        r, d = _squeezed(correction)
+        scale = r if scale is None else scale * r
+    inverse_sigma = (moments.var[0] + eps).rsqrt_()
     dx, dscale, dbias = torch.ops.aten.native_batch_norm_backward(
-        dy, x, scale, None, None, mean, (moments.var[0] + eps).rsqrt(), True, eps, [True, True, True]
+        dy, x, scale, None, None, mean, inverse_sigma, True, eps, [True, True, True]
     )
-    if correction is None:
-        return Gradients(dx, dscale, dbias)
-    return Gradients(dx, dscale * correction.r[0] + dbias * correction.d[0], dbias)
+    return Gradients(dx, dscale if correction is None else torch.addcmul(dbias * d, dscale, r), dbias)
+
+
+def _center(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `statistics.center`: x less a near mean, how far that is off, mean and variance."""
+    dims = [0, *range(2, x.ndim)]
+    near = x[: max(1, x.shape[0] // 8)].mean(dims, keepdim=True)
+    centered = x - near
+    total, squares = _sums(centered, dims)
+    count = x.numel() // x.shape[1]
+    drift = total / count
+    var = torch.addcmul(squares / count, drift, drift, value=-1).clamp_(min=0)
+    return centered, drift, near.flatten() + drift, var
+
+
+def _sums(centered: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
+    if centered.ndim == 2:
+        return centered.sum(0), centered.square().sum(0)
+    # Batch norm's weight gradient, sum(dy * (x - mean) * invstd), with mean 0 and invstd 1: one pass, no temporary.
+    zeros, ones = centered.new_zeros(centered.shape[1]), centered.new_ones(centered.shape[1])
+    _, squares, total = torch.ops.aten.native_batch_norm_backward(
+        centered, centered, None, None, None, zeros, ones, True, 0.0, [False, True, True]
+    )
+    return total, squares
+
+
+def _correct(mean: Tensor, inverse_sigma: Tensor, running: Running, eps: float) -> tuple[Tensor, Tensor]:
+    inverse_running_sigma = (running.var + eps).rsqrt_()
+    r = (inverse_running_sigma / inverse_sigma).clamp_(1 / running.r_max, running.r_max)
+    d = (mean - running.mean).mul_(inverse_running_sigma).clamp_(-running.d_max, running.d_max)
+    return r, d
+
+
+def _squeezed(correction: Correction) -> tuple[Tensor, Tensor]:
+    return correction.r[0], correction.d[0]
+
+
+def _scale_shift_(tensor: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    if tensor.stride(1) != 1:  # two fast passes, where a fused one would step through the channels
+        return tensor.mul_(scale).add_(shift)
+    return torch.addcmul(shift, tensor, scale, out=tensor)

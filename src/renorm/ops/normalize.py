@@ -51,7 +51,7 @@ class _Normalize(torch.autograd.Function):
         grouping: Grouping,
         eps: float,
     ) -> tuple[Tensor, ...]:
-        y, moments, applied = reference.forward(x, weight, bias, mask, correction, grouping, eps)
+        y, moments, applied = _forward(x, weight, bias, mask, correction, grouping, eps)
         return y, *moments, *(applied or ())
 
     @staticmethod
@@ -71,6 +71,20 @@ class _Normalize(torch.autograd.Function):
         return gradients.x, dweight, dbias, None, None, None, None
 
 
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    correction: Running | Correction | None,
+    grouping: Grouping,
+    eps: float,
+) -> Forward:
+    if aten.suits(x, mask, grouping):
+        return aten.forward(x, weight, bias, correction, eps)
+    return reference.forward(x, weight, bias, mask, correction, grouping, eps)
+
+
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -81,6 +95,6 @@ def _backward(
     grouping: Grouping,
     eps: float,
 ) -> Gradients:
-    if aten.suits_backward(mask, moments, grouping):
+    if aten.suits(x, mask, grouping):
         return aten.backward(dy, x, weight, moments, correction, eps)
     return reference.backward(dy, x, weight, mask, moments, correction, grouping, eps)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..grouping import Grouping
 from ..moments import Moments
-from .aten import sum_and_dot
 from .statistics import apply, center, collect, correct, element_dims, expand, pool, scale_shift, spread
 from .types import Correction, Forward, Gradients, Running
 
@@ -157,7 +156,8 @@ def _forward(
     y = apply(centered, scale, shift, weight, bias)
     if view_mask is not None:
         y = y.where(view_mask, 0)
-    return Forward(y.flatten(0, 1).to(x.dtype), channel, correction)
+    # not a view, so that an in-place activation may follow
+    return Forward(torch.ops.aten._unsafe_view(y, x.shape).to(x.dtype), channel, correction)
 
 
 def _backward(
@@ -180,7 +180,7 @@ def _backward(
     if view_mask is not None:
         dy, centered = dy.where(view_mask, 0), centered.where(view_mask, 0)
     dims = element_dims(view)
-    sum_dy, dot = sum_and_dot(dy, centered, dims)  # (G, C)
+    sum_dy, dot = dy.sum(dims), (dy * centered).sum(dims)  # (G, C)
 
     offset = channel.mean - spread(group.mean, k)
     dot = dot + offset * sum_dy  # sum of dy * (x - mu_B)

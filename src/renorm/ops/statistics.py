@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..moments import Moments
-from .aten import scale_shift_, sum_and_dot
 from .types import Correction, Running
 
 
@@ -31,9 +30,8 @@ def center(view: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Moments]:
         count = mask.sum(dims).to(dtype)
         shift = view.where(mask, 0).sum(dims, dtype=dtype) / count.clamp(min=1)
         centered = (view - expand(shift, view.ndim)).where(mask, 0)
-    total, squares = sum_and_dot(centered, centered, dims)
-    drift = total / count.clamp(min=1)
-    var = (squares / count.clamp(min=1) - drift.square()).clamp(min=0)
+    drift = centered.sum(dims) / count.clamp(min=1)
+    var = (centered.square().sum(dims) / count.clamp(min=1) - drift.square()).clamp(min=0)
     return centered, drift, Moments(shift + drift, var, count)
 
 
@@ -104,7 +102,7 @@ def apply(centered: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None,
 def scale_shift(tensor: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return tensor * scale + shift
-    return scale_shift_(tensor, scale, shift)
+    return tensor.mul_(scale).add_(shift)
 
 
 def expand(per_channel: Tensor, ndim: int) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: N examples, C channels, positions *S; G example groups, K channel groups
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,14 +18,14 @@ class Running(NamedTuple):
     Args:
         mean: running means, (C,).
         var: running variances, (C,).
-        r_max: limit of r, 0-d.
-        d_max: limit of d, 0-d.
+        r_max: limit of r, a number or 0-d.
+        d_max: limit of d, a number or 0-d.
     """
 
     mean: Tensor
     var: Tensor
-    r_max: Tensor
-    d_max: Tensor
+    r_max: Any  # torch's type stubs know clamp by numbers and by tensors, but not by either
+    d_max: Any
 
 
 class Correction(NamedTuple):
