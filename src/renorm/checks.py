@@ -107,3 +107,19 @@ def check_example_weight(example_weight: float) -> None:
     """
     if not 0 <= example_weight <= 1:
         raise ValueError(f"example_weight must be in [0, 1], got {example_weight}")
+
+
+def check_limits(r_max: float, d_max: float) -> None:
+    """Refuse limits of the correction that leave it no room.
+
+    Args:
+        r_max: r stays within [1 / r_max, r_max].
+        d_max: d stays within [-d_max, d_max].
+
+    Raises:
+        ValueError: r_max is less than 1, or d_max less than 0.
+    """
+    if not r_max >= 1:
+        raise ValueError(f"r_max must be at least 1 (1 means no scaling), got {r_max}")
+    if not d_max >= 0:
+        raise ValueError(f"d_max must be at least 0 (0 means no shift), got {d_max}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_channels, check_example_weight, check_groups, check_input, check_mask
+from .checks import check_channels, check_example_weight, check_groups, check_input, check_limits, check_mask
 from .grouping import Grouping
 from .moments import Moments
 from .ops.evaluation import evaluate
@@ -99,7 +99,7 @@ def batch_renorm(
 
     Raises:
         TypeError: x is not floating point, or the mask not boolean.
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or a limit that is a number leaves no room.
 
     Source:
         Ioffe 2017, algorithm 1.
@@ -110,6 +110,8 @@ def batch_renorm(
         >>> y.tolist()  # (x - 1) / 2
         [[0.0], [1.0]]
     """
+    if not (isinstance(r_max, Tensor) or isinstance(d_max, Tensor)):  # asking a tensor would wait for its device
+        check_limits(r_max, d_max)
     running_mean, running_var = _statistics(x, running_mean, running_var)
     running = Running(running_mean, running_var, r_max, d_max)
     return _train(x, weight, bias, mask, running, Grouping(examples_per_group, channels_per_group), eps)

@@ -9,6 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from .checks import check_limits
+
 # P1, section 4: plain batch norm for 5,000 of 130,000 steps, d_max reached at 25,000, r_max at 40,000.
 _PAPER_STEPS = 130_000
 _PAPER_START = 5_000
@@ -52,10 +54,7 @@ class Limits:
     d_end: int = _PAPER_D_END
 
     def __post_init__(self) -> None:
-        if not self.r_max >= 1:
-            raise ValueError(f"r_max must be at least 1 (1 means no scaling), got {self.r_max}")
-        if not self.d_max >= 0:
-            raise ValueError(f"d_max must be at least 0 (0 means no shift), got {self.d_max}")
+        check_limits(self.r_max, self.d_max)
         if self.start < 0:
             raise ValueError(f"start must be a step of at least 0, got {self.start}")
         for name, end, limit in (("r_end", self.r_end, self.r_max), ("d_end", self.d_end, self.d_max)):

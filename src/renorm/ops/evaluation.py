@@ -42,7 +42,7 @@ def evaluate(
     example = pool(channel, k)  # (N, K)
     alpha = example_weight if mask is None else (example.count > 0) * example_weight
     difference = example.mean - running.mean
-    var = running.var + alpha * (example.var - running.var) + alpha * (1 - alpha) * difference.square()
+    var = (1 - alpha) * running.var + alpha * example.var + alpha * (1 - alpha) * difference.square()
     # x - mean, with mean = mu + alpha * (e - mu), from the example's centered channels
     offset = channel.mean - spread(example.mean, k) - drift + spread((1 - alpha) * difference, k)
     scale = spread((var + eps).rsqrt(), k)

@@ -56,18 +56,19 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, weight, bias, mask, _, ctx.grouping, ctx.eps = inputs
+        x, weight, _, mask, _, ctx.grouping, ctx.eps = inputs
         statistics = output[1:]
         ctx.mark_non_differentiable(*statistics)
-        ctx.save_for_backward(x, weight, bias, mask, *statistics)
+        ctx.save_for_backward(x, weight, mask, *statistics)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mask, mean, var, count, *applied = ctx.saved_tensors
+        x, weight, mask, mean, var, count, *applied = ctx.saved_tensors
         moments, correction = Moments(mean, var, count), Correction(*applied) if applied else None
         gradients = _backward(dy, x, weight, mask, moments, correction, ctx.grouping, ctx.eps)
-        dweight = None if weight is None else gradients.weight.to(weight.dtype)
-        dbias = None if bias is None else gradients.bias.to(bias.dtype)
+        _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        dweight = gradients.weight if wants_weight else None
+        dbias = gradients.bias if wants_bias else None
         return gradients.x, dweight, dbias, None, None, None, None
 
 

@@ -1,0 +1,122 @@
+"""Readers: one function for each kind of source, all of which deliver `Arrays`."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from ..errors import LabError
+from .arrays import Array, Arrays
+
+_TEST_SHARE = 0.25
+
+
+def read_digits() -> Arrays:
+    """The 1,797 digits of 8 x 8 pixels that scikit-learn comes with; a fixed quarter of them is the test part.
+
+    Returns:
+        The data.
+    """
+    digits = load_digits()
+    return split_test(digits.images.astype(np.uint8)[..., None], digits.target, "digits")
+
+
+def read_npz(path: Path) -> Arrays:
+    """An .npz file with x_train, y_train, x_test and y_test.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The data, unchecked.
+
+    Raises:
+        LabError: there is no such file, it cannot be read, or lacks an array.
+    """
+    try:
+        with np.load(path) as file:
+            return Arrays(*(file[name] for name in Arrays._fields))
+    except FileNotFoundError:
+        raise LabError(f"{path}: there is no such file") from None
+    except KeyError as error:
+        raise LabError(f"{path}: {error.args[0]} (it must hold {', '.join(Arrays._fields)})") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise LabError(f"{path}: cannot be read as .npz: {error}") from None
+
+
+def read_torchvision(name: str, root: Path) -> Arrays:
+    """One of torchvision's data sets, downloaded if it is not there.
+
+    Args:
+        name: one of `TORCHVISION`.
+        root: folder where torchvision keeps data.
+
+    Returns:
+        The data.
+
+    Raises:
+        LabError: it is not there and cannot be downloaded.
+    """
+    from torchvision import datasets
+
+    make: Callable[..., Any] = getattr(datasets, TORCHVISION[name])
+    parts: list[Array] = []
+    for part in ("train", "test"):
+        which = {"split": part} if name == "svhn" else {"train": part == "train"}
+        try:
+            images = make(root, download=True, **which)
+        except (OSError, RuntimeError) as error:
+            raise LabError(f"{name} is not in {root} and cannot be downloaded there: {error}") from None
+        parts += stack(images)
+    return Arrays(*parts)
+
+
+TORCHVISION = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "fashionmnist": "FashionMNIST",
+    "kmnist": "KMNIST",
+    "mnist": "MNIST",
+    "svhn": "SVHN",
+}
+
+
+def stack(images: Any) -> tuple[Array, Array]:
+    """A data set in the form of arrays.
+
+    Args:
+        images: sequence of pairs of a PIL image and a label; the images have one size.
+
+    Returns:
+        Images, (N, H, W, C), and labels, (N,).
+    """
+    pixels, labels = zip(*(images[index] for index in range(len(images))), strict=True)
+    x = np.stack([np.asarray(image) for image in pixels])
+    return (x if x.ndim == 4 else x[..., None]), np.array(labels)
+
+
+def split_test(x: Array, y: Array, source: str) -> Arrays:
+    """Split off a fixed, stratified test part.
+
+    Args:
+        x: images, (N, H, W, C).
+        y: labels, (N,).
+        source: where they come from, for the message.
+
+    Returns:
+        The data, a quarter of them for testing.
+
+    Raises:
+        LabError: there are too few images.
+    """
+    try:
+        x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=_TEST_SHARE, stratify=y, random_state=0)
+    except ValueError as error:
+        raise LabError(f"{source}: cannot split off a test part: {error}") from None
+    return Arrays(x_train, y_train, x_test, y_test)

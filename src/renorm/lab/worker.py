@@ -1,0 +1,74 @@
+"""What happens inside a worker process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, MutableSequence
+from ctypes import c_byte
+from typing import NamedTuple
+
+import torch
+
+from .data import Dataset
+from .runs import Result, Run
+from .training import train
+
+
+class _Worker(NamedTuple):
+    dataset: Dataset
+    steps_done: MutableSequence[int]
+    stop: c_byte
+
+
+_worker: _Worker | None = None
+
+
+class Stopped(Exception):
+    """The parent process wants no further step."""
+
+
+def start_worker(load: Callable[[], Dataset], steps_done: MutableSequence[int], stop: c_byte) -> None:
+    """Prepare this process for runs.
+
+    Args:
+        load: loads the data.
+        steps_done: shared with the parent, steps done of each run.
+        stop: shared with the parent, not 0 once this process must stop.
+    """
+    global _worker
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _worker = _Worker(load(), steps_done, stop)
+
+
+def train_in_worker(run: Run, index: int) -> Result:
+    """Carry out a run in a prepared process.
+
+    Args:
+        run: the run.
+        index: its place in the shared `steps_done`.
+
+    Returns:
+        The result.
+
+    Raises:
+        Stopped: the parent process said so.
+    """
+    assert _worker is not None, "start_worker comes first"
+    dataset, steps_done, stop = _worker
+
+    def progress(step: int) -> None:
+        steps_done[index] = step
+        if stop.value:
+            raise Stopped
+
+    return train(run, dataset, progress)
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()  # a killed parent cannot tell its workers to stop
+        os._exit(1)

@@ -1,0 +1,29 @@
+"""What all tests share: one thread, a fixed seed, and Hypothesis without a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)  # the suite runs in parallel processes; and one long sum is the worst case for accuracy
+
+settings.register_profile("default", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.register_profile("thorough", deadline=None, database=None, max_examples=2_000)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile without anything left from other tests."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
