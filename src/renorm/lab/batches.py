@@ -62,6 +62,6 @@ def _indices(sampler: RandomBatchSampler | ClassBatchSampler) -> Iterator[list[i
 def _augmentation(image_shape: tuple[int, int, int]) -> Callable[[Tensor], Tensor]:
     from torchvision.transforms import v2
 
-    return v2.Compose(
-        [v2.RandomCrop(image_shape[1:], padding=_CROP_PADDING, padding_mode="reflect"), v2.RandomHorizontalFlip()]
-    )
+    crop = v2.RandomCrop(image_shape[1:], padding=_CROP_PADDING)
+    augment: Callable[[Tensor], Tensor] = v2.Compose([crop, v2.RandomHorizontalFlip()])
+    return augment

@@ -9,6 +9,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
+import torch
+
 from .data import Dataset
 from .errors import LabError
 from .runs import Result, Run
@@ -22,7 +24,7 @@ _POLL_SECONDS = 0.1
 
 
 def run_here(runs: Sequence[Run], dataset: Dataset, keep: Keep, show: Show) -> None:
-    """Carry out runs one after the other in this process.
+    """Carry out runs one after the other in this process, with one thread, so that results are those of workers.
 
     Args:
         runs: the runs.
@@ -40,7 +42,7 @@ def run_here(runs: Sequence[Run], dataset: Dataset, keep: Keep, show: Show) -> N
             steps_done[index] = step
             show(steps_done)
 
-        with _naming(run):
+        with _naming(run), _one_thread():
             result = train(run, dataset, progress)
         keep(run, result)
 
@@ -99,6 +101,16 @@ def _naming(run: Run) -> Iterator[None]:
 
 def _one_of(names: Iterable[str]) -> str:
     return "; or ".join(names) or "its start"
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

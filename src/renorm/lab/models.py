@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def mlp(in_features: int, num_classes: int, norm: Norm, *, hidden_layers: int = 
     """
     widths = [in_features] + [width] * hidden_layers
     layers: list[nn.Module] = [nn.Flatten()]
-    for before, after in zip(widths[:-1], widths[1:], strict=True):
+    for before, after in pairwise(widths):
         layers += [nn.Linear(before, after, bias=False), norm(after), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], num_classes))
 

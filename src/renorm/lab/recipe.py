@@ -77,15 +77,26 @@ class Recipe(ABC):
         self,
         dataset: Dataset,
         method: MethodName,
+        examples_per_group: int | None,
         *,
-        seed: int,
         regime: str,
         batch_size: int,
-        examples_per_group: int | None = None,
+        seed: int,
+        label: str | None = None,
         classes_per_batch: int | None = None,
         examples_per_class: int | None = None,
     ) -> Run:
-        """A run with the options that all recipes share; see `Run` for the arguments."""
+        """A run with the options that all recipes share.
+
+        Args:
+            dataset: what will be trained on.
+            method: normalization method.
+            label: row of the table; by default the method's own.
+            examples_per_group: see `Run`, as for everything else.
+
+        Returns:
+            The run.
+        """
         setting = METHODS[method]
         colour_32 = dataset.image_shape == (3, 32, 32)
         return Run(
@@ -93,7 +104,7 @@ class Recipe(ABC):
             data=self.data,
             model=self.model or ("mlp" if self.data == "digits" else "resnet8"),
             regime=regime,
-            method=setting.label,
+            method=label or setting.label,
             tracking=setting.tracking,
             limits=setting.limits,
             examples_per_group=examples_per_group,

@@ -53,9 +53,7 @@ def train(run: Run, dataset: Dataset, progress: Callable[[int], None]) -> Result
     )
 
 
-def _optimize(
-    model: nn.Module, run: Run, dataset: Dataset, progress: Callable[[int], None]
-) -> tuple[CurvePoint, ...]:
+def _optimize(model: nn.Module, run: Run, dataset: Dataset, progress: Callable[[int], None]) -> tuple[CurvePoint, ...]:
     optimizer = torch.optim.SGD(model.parameters(), run.lr, momentum=_SGD_MOMENTUM)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps)
     curve: list[CurvePoint] = []

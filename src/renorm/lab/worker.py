@@ -25,7 +25,7 @@ class _Worker(NamedTuple):
 _worker: _Worker | None = None
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The parent process wants no further step."""
 
 
@@ -54,7 +54,7 @@ def train_in_worker(run: Run, index: int) -> Result:
         The result.
 
     Raises:
-        Stopped: the parent process said so.
+        StoppedError: the parent process said so.
     """
     assert _worker is not None, "start_worker comes first"
     dataset, steps_done, stop = _worker
@@ -62,7 +62,7 @@ def train_in_worker(run: Run, index: int) -> Result:
     def progress(step: int) -> None:
         steps_done[index] = step
         if stop.value:
-            raise Stopped
+            raise StoppedError
 
     return train(run, dataset, progress)
 

@@ -1,0 +1,64 @@
+"""The command line: `renorm run RECIPE` and `renorm list`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from .errors import LabError
+from .job import carry_out
+from .recipes import RECIPES
+
+_INTERRUPTED = 130  # what shells expect after Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; by default those of the process.
+
+    Returns:
+        The exit status: 0, 1 for an error, 130 for an interrupt.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(arguments)
+    if options.command == "list":
+        print(_recipe_list())
+        return 0
+    name = options.run.recipe
+    recipe = RECIPES[name](**options.run[name].as_dict())
+    try:
+        carry_out(recipe, shlex.join(["renorm", *arguments]))
+    except LabError as error:
+        print(f"renorm: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"Interrupted. Finished runs are in {recipe.folder}; the same command continues.", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="renorm", description="Experiments with normalization layers.")
+    commands = parser.add_subcommands(dest="command", title="commands", metavar="COMMAND")
+    run = ArgumentParser(description="Train, evaluate and report; an interrupted job continues where it was.")
+    recipes = run.add_subcommands(dest="recipe", title="recipes", metavar="RECIPE")
+    for name, recipe in RECIPES.items():
+        options = ArgumentParser(description=_description(recipe))
+        options.add_class_arguments(recipe, as_group=False)
+        recipes.add_subcommand(name, options, help=recipe.title)
+    commands.add_subcommand("run", run, help="run a recipe")
+    commands.add_subcommand("list", ArgumentParser(description="List the recipes."), help="list the recipes")
+    return parser
+
+
+def _description(recipe: type) -> str:
+    return (recipe.__doc__ or "").partition("Args:")[0].strip()
+
+
+def _recipe_list() -> str:
+    return "\n".join(f"{name:<12}{recipe.title}" for name, recipe in RECIPES.items())

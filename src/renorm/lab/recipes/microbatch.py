@@ -1,0 +1,38 @@
+"""Statistics over a part of the minibatch, as on several devices, with one gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jsonargparse.typing import PositiveInt
+
+from ..data import Dataset
+from ..recipe import Recipe
+from ..runs import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microbatch(Recipe):
+    """Normalize by ever fewer examples of the same minibatches, and compare the normalization methods.
+
+    Ghost batch norm is batch norm over microbatches; here the two differ only in how the running variance moves.
+
+    Args:
+        batch_size: examples in a minibatch, which gives one gradient.
+        group_sizes: examples that share statistics, two columns of the table each.
+    """
+
+    name: ClassVar[str] = "microbatch"
+    title: ClassVar[str] = "Statistics over microbatches"
+
+    batch_size: PositiveInt = 32
+    group_sizes: tuple[PositiveInt, ...] = (32, 8, 4, 2)
+
+    def runs(self, dataset: Dataset) -> list[Run]:
+        return [
+            self.make_run(dataset, method, size, regime=f"n = {size}", seed=seed, batch_size=self.batch_size)
+            for method in self.methods
+            for size in self.group_sizes
+            for seed in range(self.seeds)
+        ]
