@@ -139,8 +139,8 @@ class Oracle:
             if self.tracking == "total":
                 second = (1 - m) * (self.var[c] + self.mean[c] ** 2) + m * (batch_var + batch_mean**2)
                 var[c] = second - mean[c] ** 2
-            elif elements == 1:
-                continue
+            elif elements == 1 or (self.tracking == "var" and batch.numel() == 1):
+                continue  # nothing is known of the spread
             elif self.tracking == "var":
                 var[c] = (1 - m) * self.var[c] + m * batch.var(correction=1)
             elif self.tracking == "std":
