@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from .errors import LabError
 from .job import carry_out
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for an error, 130 for an interrupt.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args([_with(argument, "-", "_") for argument in arguments])
     if options.command == "list":
         print(_recipe_list())
         return 0
@@ -42,17 +43,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _HelpFormatter(DefaultHelpFormatter):
+    """Shows options as people write them; jsonargparse takes them from names in Python."""
+
+    def format_help(self) -> str:
+        return re.sub(r"--[a-z_]+", lambda option: _with(option[0], "_", "-"), super().format_help())
+
+
+def _with(option: str, old: str, new: str) -> str:
+    """--data-root and --data_root are the same option; its value, after "=", stays as it is."""
+    if not option.startswith("--"):
+        return option
+    name, equals, value = option[2:].partition("=")
+    return f"--{name.replace(old, new)}{equals}{value}"
+
+
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="renorm", description="Experiments with normalization layers.")
+    # Parsers of commands take over the formatter.
+    parser = ArgumentParser(
+        prog="renorm", description="Experiments with normalization layers.", formatter_class=_HelpFormatter
+    )
     commands = parser.add_subcommands(dest="command", title="commands", metavar="COMMAND")
     run = ArgumentParser(description="Train, evaluate and report; an interrupted job continues where it was.")
+    commands.add_subcommand("run", run, help="run a recipe")
+    commands.add_subcommand("list", ArgumentParser(description="List the recipes."), help="list the recipes")
     recipes = run.add_subcommands(dest="recipe", title="recipes", metavar="RECIPE")
     for name, recipe in RECIPES.items():
         options = ArgumentParser(description=_description(recipe))
         options.add_class_arguments(recipe, as_group=False)
         recipes.add_subcommand(name, options, help=recipe.title)
-    commands.add_subcommand("run", run, help="run a recipe")
-    commands.add_subcommand("list", ArgumentParser(description="List the recipes."), help="list the recipes")
     return parser
 
 

@@ -57,6 +57,8 @@ def carry_out(recipe: Recipe, command: str) -> None:
 
 
 def _check(runs: list[Run], dataset: Dataset, recipe: Recipe) -> None:
+    if not runs or len({run.key for run in runs}) < len(runs):
+        raise LabError("options that are lists must have at least one element, and none of them twice")
     try:
         torch.empty(0, device=recipe.device)
     except (RuntimeError, AssertionError) as error:

@@ -32,11 +32,14 @@ def plot_bars(path: Path, summary: Summary, title: str) -> None:
     for regime, axes in zip(summary.regimes, panels, strict=True):
         for cells, offset, colour, label in (
             (summary.off, -0.2, "#56B4E9", "off"),
-            (summary.on, 0.2, "#D55E00", "on (alpha chosen on validation)"),
+            (summary.on, 0.2, "#E69F00", "on (alpha chosen on validation)"),
         ):
             row = [cells[method, regime] for method in summary.methods]
-            axes.barh(places + offset, [cell.mean for cell in row], 0.38, color=colour, label=label,
-                      xerr=[cell.deviation for cell in row], error_kw={"capsize": 2, "linewidth": 1})  # fmt: skip
+            means, deviations = [cell.mean for cell in row], [cell.deviation for cell in row]
+            axes.barh(places + offset, means, 0.38, xerr=deviations, color=colour, label=label,
+                      error_kw={"capsize": 2, "linewidth": 1})  # fmt: skip
+            for place, mean in zip(places + offset, means, strict=True):
+                axes.text(1, place, f"{mean:.1f}", va="center", fontsize=8)  # at the foot, away from the whiskers
         axes.set(title=regime, xlabel="test accuracy in %", xlim=(0, 102))
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)

@@ -78,7 +78,7 @@ def _plain(value: object) -> object:
 
 
 def _check_same(before: Mapping[str, object], now: Mapping[str, object], folder: Path) -> None:
-    for name in before.keys() | now.keys():
+    for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise LabError(
                 f"{folder}: holds results with {name} = {before.get(name)}, not {now.get(name)}; "

@@ -111,11 +111,11 @@ def terminal_table(summary: Summary, title: str) -> RichTable:
         A table that rich prints.
     """
     table = RichTable(title=title, caption=summary.caption)
-    table.add_column("method")
+    table.add_column("method", min_width=len("batch-group"))
     for heading in _headings(summary):
-        table.add_column(heading, justify="right")
+        table.add_column(heading.replace(", ", "\n"), justify="right")
     for row in _rows(summary):
-        table.add_row(*row)
+        table.add_row(*(cell.replace("± ", "±") for cell in row))  # in a narrow terminal lines break before the sign
     return table
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from jsonargparse.typing import PositiveInt
 
 from ..data import Dataset
+from ..methods import MethodName
 from ..recipe import Recipe
 from ..runs import Run
 
@@ -16,7 +17,8 @@ from ..runs import Run
 class Microbatch(Recipe):
     """Normalize by ever fewer examples of the same minibatches, and compare the normalization methods.
 
-    Ghost batch norm is batch norm over microbatches; here the two differ only in how the running variance moves.
+    Ghost batch norm is batch norm over microbatches, so that it has no row of its own here unless asked for; the two
+    would differ only in how the running variance moves.
 
     Args:
         batch_size: examples in a minibatch, which gives one gradient.
@@ -26,6 +28,7 @@ class Microbatch(Recipe):
     name: ClassVar[str] = "microbatch"
     title: ClassVar[str] = "Statistics over microbatches"
 
+    methods: tuple[MethodName, ...] = ("batch_norm", "batch_renorm", "batch_group_norm", "batch_group_renorm")
     batch_size: PositiveInt = 32
     group_sizes: tuple[PositiveInt, ...] = (32, 8, 4, 2)
 

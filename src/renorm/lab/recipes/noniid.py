@@ -17,6 +17,11 @@ from ..runs import Run
 class NonIid(Recipe):
     """Train on independent minibatches and on minibatches of few classes, and compare the normalization methods.
 
+    The default regime is one in which batch norm suffers on digits, by several points: with 3 classes x 10 or 4 x 8
+    it loses a point at most. It is a rough regime, and accuracies vary between seeds, those of batch-group norm most
+    of all: some of its trainings fail at the default learning rate. At 0.02 every method does better, and batch norm
+    is about a point below batch renorm.
+
     Args:
         classes_per_batch: classes in a dependent minibatch, drawn at random for each.
         examples_per_class: examples of each of them; the independent minibatches have as many examples in all.

@@ -1,0 +1,166 @@
+"""A recipe from beginning to end: what it writes, and that it continues after an interruption."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from renorm.lab import job
+from renorm.lab.cli import main
+from renorm.lab.errors import LabError
+from renorm.lab.recipes.microbatch import Microbatch
+from renorm.lab.recipes.noniid import NonIid
+from renorm.lab.training import train
+
+from .conftest import arrays
+
+FILES = {"results.csv", "curves.csv", "table.md", "bars.png", "curves.png", "command.txt", "settings.json"}
+
+
+def rows(folder: Path, ignore: tuple[str, ...] = ("seconds",)) -> list[dict[str, str]]:
+    with (folder / "results.csv").open() as file:
+        return [{name: value for name, value in row.items() if name not in ignore} for row in csv.DictReader(file)]
+
+
+def test_folder_holds_everything(noniid: NonIid):
+    job.carry_out(noniid, "renorm run noniid")
+    assert {path.name for path in noniid.folder.iterdir()} == FILES
+    assert (noniid.folder / "command.txt").read_text() == "renorm run noniid\n"
+    assert (noniid.folder / "bars.png").read_bytes().startswith(b"\x89PNG")
+    table = rows(noniid.folder)
+    assert [(row["method"], row["regime"]) for row in table] == [
+        ("batch norm", "i.i.d."), ("batch norm", "2 classes x 16"),
+        ("batch renorm", "i.i.d."), ("batch renorm", "2 classes x 16"),
+    ]  # fmt: skip
+    assert all(row["torch"] and row["renorm"] and row["python"] for row in table)
+    assert float(table[0]["test_accuracy_off"]) > 0.5  # it learned
+
+
+def test_workers_and_this_process_give_the_same_results(noniid: NonIid, tmp_path: Path):
+    job.carry_out(noniid, "")
+    side_by_side = replace(noniid, workers=2, out=tmp_path / "workers")
+    job.carry_out(side_by_side, "")
+    assert rows(side_by_side.folder) == rows(noniid.folder)
+    assert (side_by_side.folder / "curves.csv").read_text() == (noniid.folder / "curves.csv").read_text()
+
+
+def test_interrupted_job_continues_with_the_missing_runs(noniid: NonIid, tmp_path: Path, monkeypatch):
+    trained: list[str] = []
+
+    def train_two(run, dataset, progress):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(str(run))
+        return train(run, dataset, progress)
+
+    monkeypatch.setattr("renorm.lab.execution.train", train_two)
+    with pytest.raises(KeyboardInterrupt):
+        job.carry_out(noniid, "")
+    assert len(rows(noniid.folder)) == 2
+    trained.clear()
+    job.carry_out(noniid, "")
+    assert trained == ["batch renorm, i.i.d., seed 0", "batch renorm, 2 classes x 16, seed 0"]
+    monkeypatch.undo()
+    whole = replace(noniid, out=tmp_path / "whole")
+    job.carry_out(whole, "")
+    assert rows(noniid.folder) == rows(whole.folder)
+
+
+def test_finished_job_only_reports(noniid: NonIid, monkeypatch):
+    job.carry_out(noniid, "")
+    before = (noniid.folder / "results.csv").read_text()
+    monkeypatch.setattr("renorm.lab.execution.train", None)
+    job.carry_out(noniid, "")
+    assert (noniid.folder / "results.csv").read_text() == before
+
+
+def test_folder_of_other_settings_is_refused(noniid: NonIid):
+    job.carry_out(noniid, "")
+    with pytest.raises(LabError, match=r"holds results with steps = 20, not 21"):
+        job.carry_out(replace(noniid, steps=21), "")
+
+
+def test_damaged_results_are_named(noniid: NonIid):
+    job.carry_out(noniid, "")
+    path = noniid.folder / "results.csv"
+    path.write_text(path.read_text().replace("batch norm", "batch nor"))
+    with pytest.raises(LabError, match=r"results\.csv: damaged"):
+        job.carry_out(noniid, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_process_leaves_finished_runs_and_no_worker(tmp_path: Path, number: signal.Signals):
+    out = tmp_path / "out"
+    arguments = ["run", "noniid", "--seeds=3", "--steps=100", "--methods=[batch_norm]", f"--out={out}"]
+    process = subprocess.Popen([sys.executable, "-m", "renorm.lab", *arguments, "--workers=2"], start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (out / "results.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(60) == (130 if number == signal.SIGINT else -number)
+    assert 1 <= len(rows(out)) < 6
+    while group_lives(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not group_lives(process.pid)
+    assert main([*arguments, "--workers=1"]) == 0
+    assert len(rows(out)) == 6
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_worker_that_dies_is_an_error_that_names_the_run(noniid: NonIid, monkeypatch):
+    monkeypatch.setattr("renorm.lab.execution.train_in_worker", die)
+    with pytest.raises(LabError, match=r"a worker process died .* its start"):
+        job.carry_out(replace(noniid, workers=2), "")
+
+
+def die(run, index):
+    os._exit(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes_per_batch": 11}, "classes_per_batch must be at most 10"),
+        ({"examples_per_class": 200}, "examples_per_class=200"),
+        ({"methods": ()}, "at least one element"),
+        ({"device": "nothing"}, "device nothing cannot be used"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_is_written(noniid: NonIid, options: dict, message: str):
+    with pytest.raises(LabError, match=message):
+        job.carry_out(replace(noniid, **options), "")
+    assert not noniid.folder.exists()
+
+
+def test_microbatch_groups_every_method(microbatch: Microbatch):
+    job.carry_out(microbatch, "")
+    table = rows(microbatch.folder)
+    assert [(row["regime"], row["examples_per_group"], row["channels_per_group"]) for row in table] == [
+        ("n = 8", "8", "8"), ("n = 2", "2", "8"),
+    ]  # fmt: skip
+    assert all(row["batch_size"] == "32" and row["limits"] == "True" for row in table)
+
+
+def test_colour_images_train_a_residual_network_with_augmentation(tmp_path: Path):
+    np.savez(tmp_path / "colour.npz", **arrays(size=32, channels=3))
+    recipe = Microbatch(data=str(tmp_path / "colour.npz"), methods=("batch_group_norm",), group_sizes=(4,), seeds=1,
+                        steps=2, batch_size=8, workers=1, out=tmp_path / "out")  # fmt: skip
+    job.carry_out(recipe, "")
+    (row,) = rows(recipe.folder)
+    assert (row["model"], row["augment"]) == ("resnet8", "True")

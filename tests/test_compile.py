@@ -1,0 +1,146 @@
+"""torch.compile: one graph, no recompilation as steps and batches change, and the numbers of eager."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import renorm
+
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    # torch's tracer makes an instance of every autograd.Function, which torch itself deprecates
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
+
+RAMP = renorm.Limits(r_max=2.0, d_max=1.0, start=1, r_end=5, d_end=4)
+LAYERS: dict[str, Callable[[], renorm.Norm]] = {
+    "BatchNorm": lambda: renorm.BatchNorm2d(4),
+    "BatchRenorm": lambda: renorm.BatchRenorm2d(4, limits=RAMP, momentum=0.2),
+    "GhostBatchNorm": lambda: renorm.GhostBatchNorm2d(4, 3),
+    "BatchGroupNorm": lambda: renorm.BatchGroupNorm2d(4, 2, limits=RAMP),
+    "cumulative average": lambda: renorm.BatchRenorm2d(4, limits=RAMP, momentum=None),
+    "switched limits": lambda: renorm.BatchRenorm2d(4, limits=renorm.Limits(2.0, 1.0, 2, 2, 2)),
+    "without parameters": lambda: renorm.BatchRenorm2d(4, limits=RAMP, affine=False),
+    "example weight": lambda: renorm.BatchNorm2d(4, example_weight=0.3, tracking="total"),
+    "activation": lambda: renorm.BatchNorm2d(4, act="silu"),
+    "without statistics": lambda: renorm.BatchNorm2d(4, track_running_stats=False),
+}
+every_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+
+
+def compiled(layer: nn.Module, backend: str = "aot_eager", **options: Any) -> tuple[Any, Any]:
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(layer, fullgraph=True, backend=counter, **options), counter
+
+
+def step(layer: Any, x: Tensor, *arguments: Tensor | None) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    y = layer(x, *arguments)
+    leaves = [x, *layer.parameters()]
+    return [y.detach(), *torch.autograd.grad(y.square().sum() + y.sum(), leaves)]
+
+
+def assert_same_steps(layer: renorm.Norm, batches: list[Tensor], mask: Tensor | None = None, **options: Any) -> Any:
+    eager = copy.deepcopy(layer)
+    fast, counter = compiled(layer, **options)
+    for x in batches:
+        for actual, expected in zip(step(fast, x, mask), step(eager, x, mask), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        for (name, actual), expected in zip(layer.named_buffers(), eager.buffers(), strict=True):
+            torch.testing.assert_close(actual, expected, msg=lambda text, name=name: f"{name}: {text}")
+    return counter
+
+
+@every_layer
+def test_training_is_one_graph_compiled_once_while_the_limits_move(make: Callable[[], renorm.Norm]) -> None:
+    batches = [torch.randn(6, 4, 3, 3) * (1 + i) + i for i in range(7)]
+    counter = assert_same_steps(make(), batches)
+    assert counter.frame_count == 1
+
+
+@every_layer
+def test_evaluation_is_one_graph(make: Callable[[], renorm.Norm]) -> None:
+    counter = assert_same_steps(make().eval(), [torch.randn(6, 4, 3, 3) for _ in range(3)])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "BatchRenorm", "GhostBatchNorm", "BatchGroupNorm"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_masks_compile(name: str, training: bool) -> None:
+    layer = LAYERS[name]().train(training)
+    mask = torch.rand(6, 3, 3) < 0.7
+    counter = assert_same_steps(layer, [torch.randn(6, 4, 3, 3) for _ in range(3)], mask)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "BatchRenorm", "cumulative average"])
+def test_the_batch_size_may_be_dynamic(name: str) -> None:
+    batches = [torch.randn(n, 4, 3, 3) for n in (6, 9, 4, 12)]
+    counter = assert_same_steps(LAYERS[name](), batches, dynamic=True)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["GhostBatchNorm", "BatchGroupNorm"])
+def test_ghost_batches_of_a_changing_batch_size_compile(name: str) -> None:
+    batches = [torch.randn(n, 4, 3, 3) for n in (6, 9, 12, 10, 7)]
+    assert_same_steps(LAYERS[name](), batches)
+
+
+def test_a_last_smaller_batch_recompiles_once_at_most() -> None:
+    sizes = (8, 8, 8, 5, 8, 8, 5, 3)
+    counter = assert_same_steps(LAYERS["BatchRenorm"](), [torch.randn(n, 4, 3, 3) for n in sizes])
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (6, 4, 2, 3, 2)], ids=["(N, C)", "(N, C, L)", "3d"])
+def test_every_rank_compiles(shape: tuple[int, ...]) -> None:
+    layer = renorm.BatchRenorm(4, limits=RAMP)
+    assert assert_same_steps(layer, [torch.randn(shape) for _ in range(3)]).frame_count == 1
+
+
+def test_half_precision_compiles() -> None:
+    layer = renorm.BatchRenorm2d(4, limits=RAMP)
+    fast, _ = compiled(layer)
+    x = torch.randn(6, 4, 3, 3).bfloat16()
+    eager = copy.deepcopy(layer)
+    torch.testing.assert_close(fast(x), eager(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fast(x), eager(x))
+
+
+def test_a_batch_that_is_not_finite_is_skipped_in_compiled_code_too() -> None:
+    layer = renorm.BatchRenorm2d(4, limits=RAMP)
+    fast, counter = compiled(layer)
+    x = torch.randn(6, 4, 3, 3)
+    for batch in (x, x * torch.nan, x, x / 0.0):
+        fast(batch)
+    assert (layer.num_batches_tracked, layer.num_batches_skipped) == (2, 2)
+    assert counter.frame_count == 1
+
+
+def test_a_model_compiles_in_whole() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), renorm.BatchRenorm2d(8, limits=RAMP), nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 3), renorm.BatchGroupNorm2d(8, 2), nn.ReLU(inplace=True),
+    )  # fmt: skip
+    eager = copy.deepcopy(model)
+    fast, counter = compiled(model)
+    for _ in range(3):
+        x = torch.randn(4, 3, 8, 8)
+        for actual, expected in zip(step(fast, x), step(eager, x), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["BatchRenorm", "BatchGroupNorm"])
+def test_the_default_compiler_gives_the_same(name: str) -> None:
+    batches = [torch.randn(6, 4, 3, 3) * (1 + i) + i for i in range(4)]
+    assert assert_same_steps(LAYERS[name](), batches, backend="inductor").frame_count == 1
