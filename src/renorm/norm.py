@@ -208,7 +208,7 @@ class Norm(nn.Module):
         if self.training or not self.track_running_stats:
             y, moments = self._normalize_batch(x, mask)
             if self.track_running_stats and x.numel() > 0:
-                self._track(moments)
+                self._track(moments, masked=mask is not None)
             return y
         return F.weighted_batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias,
@@ -228,20 +228,23 @@ class Norm(nn.Module):
         )  # fmt: skip
 
     @torch.no_grad()
-    def _track(self, moments: Moments) -> None:
-        momentum: float | Tensor | None = self.momentum
-        if momentum is None:
-            momentum = 1 / (self.num_batches_tracked + 1).to(self.running_mean.dtype)
+    def _track(self, moments: Moments, masked: bool) -> None:
+        running_mean, running_var, momentum = self.running_mean, self.running_var, self._momentum()
         mean, var = F.update_running(
-            self.running_mean, self.running_var, moments,
+            running_mean, running_var, moments,
             momentum=momentum, tracking=self.tracking, channels_per_group=self.channels_per_group, eps=self.eps,
         )  # fmt: skip
         finite = (0 * (moments.mean + moments.var)).sum() == 0  # 0 times anything else is not a number
-        accepted = finite & (moments.count > 0).any()
-        self.running_mean.copy_(torch.where(accepted, mean, self.running_mean))
-        self.running_var.copy_(torch.where(accepted, var, self.running_var))
+        accepted = finite & (moments.count > 0).any() if masked else finite
+        running_mean.copy_(torch.where(accepted, mean, running_mean))
+        running_var.copy_(torch.where(accepted, var, running_var))
         self.num_batches_tracked.add_(accepted)
         self.num_batches_skipped.add_(~finite)
+
+    def _momentum(self) -> float | Tensor:
+        if self.momentum is not None:
+            return self.momentum
+        return 1 / (self.num_batches_tracked + 1).to(self.running_mean.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers[name] for name in _STATISTICS}

@@ -52,10 +52,10 @@ def update_running(
     """
     moments = Moments(*(moment.to(running_mean.dtype) for moment in moments))
     batch = moments.merged(0)  # (C,)
-    mean = running_mean + momentum * (batch.mean - running_mean)
+    mean = torch.lerp(running_mean, batch.mean, momentum)
     if tracking == "total":
         between = (batch.mean - running_mean).square()
-        return mean, running_var + momentum * (batch.var - running_var) + momentum * (1 - momentum) * between
+        return mean, torch.lerp(running_var, batch.var, momentum) + momentum * (1 - momentum) * between
     update = _update_std if tracking == "std" else _update_var
     var = update(running_var, moments, batch, momentum, eps)
     has_spread = (moments.count * channels_per_group > 1).any()
@@ -64,16 +64,20 @@ def update_running(
 
 def _update_var(running_var: Tensor, moments: Moments, batch: Moments, momentum: float | Tensor, eps: float) -> Tensor:
     unbiased = batch.var * batch.count / (batch.count - 1).clamp(min=1)
-    return running_var + momentum * (unbiased - running_var)
+    return torch.lerp(running_var, unbiased, momentum)
 
 
 def _update_std(running_var: Tensor, moments: Moments, batch: Moments, momentum: float | Tensor, eps: float) -> Tensor:
-    # The square of the moving average of sigma, less eps, written so that nothing cancels.
-    sigma = Moments((moments.var + eps).sqrt(), moments.var, moments.count).merged(0).mean
-    running_sigma = (running_var + eps).sqrt()
-    var = sigma.square() - eps
-    step = (var - running_var) / (sigma + running_sigma)
-    return running_var + momentum * (var - running_var) - momentum * (1 - momentum) * step.square()
+    # The square of the moving average of sigma, less eps, in terms of variances, so that eps does not cancel.
+    sigma = (moments.var + eps).sqrt()
+    if len(sigma) == 1:
+        mean_sigma, var = sigma[0], moments.var[0]
+    else:
+        share = moments.count / moments.count.sum(0).clamp(min=1)
+        mean_sigma = (share * sigma).sum(0)
+        var = (share * (moments.var - (sigma - mean_sigma).square())).sum(0)
+    between = (mean_sigma - (running_var + eps).sqrt()).square()
+    return torch.lerp(running_var, var, momentum) - momentum * (1 - momentum) * between
 
 
 def require_tracking(tracking: str) -> None:
