@@ -85,7 +85,7 @@ class Oracle:
         return mean, self.var[channels].sum() / len(channels) + spread
 
     def train(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        keep = self._keep(x, mask)
+        keep = self.counted(x, mask)
         clean = x.double().masked_fill(~keep, 0.0)
         y = torch.zeros_like(clean)
         self.gradient_scale, self.condition, self.corrections = 0.0, 1.0, []
@@ -95,14 +95,12 @@ class Oracle:
         self._track(clean.detach(), keep)
         return y
 
-    def _normalize_group(
-        self, x: Tensor, keep: Tensor, y: Tensor, examples: list[int], channels: list[int]
-    ) -> None:
+    def _normalize_group(self, x: Tensor, keep: Tensor, y: Tensor, examples: list[int], channels: list[int]) -> None:
         block = torch.tensor(examples)[:, None], torch.tensor(channels)[None, :]
-        counted = x[block][keep[block]]
-        if counted.numel() == 0:
+        values = x[block][keep[block]]
+        if values.numel() == 0:
             return
-        mean, var = mean_and_var(counted)
+        mean, var = mean_and_var(values)
         sigma = torch.sqrt(var + self.eps)
         r, d = self._correction(mean, sigma, channels)
         self.corrections.append((float(r.detach()), float(d.detach())))
@@ -154,7 +152,7 @@ class Oracle:
         self.mean, self.var, self.steps = mean, var, self.steps + 1
 
     def evaluate(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        keep = self._keep(x, mask)
+        keep = self.counted(x, mask)
         x = x.double().masked_fill(~keep, 0.0)
         y = torch.zeros_like(x)
         self.gradient_scale, self.condition = 0.0, 1.0
@@ -177,7 +175,7 @@ class Oracle:
                     self.gradient_scale = max(self.gradient_scale, abs(float((gamma / sigma).detach())))
         return y
 
-    def _keep(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def counted(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:
             return torch.ones_like(x, dtype=torch.bool)
         positions = torch.broadcast_to(mask, (x.shape[0], *x.shape[2:]))

@@ -92,7 +92,7 @@ def test_the_batch_size_may_be_dynamic(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["GhostBatchNorm", "BatchGroupNorm"])
 def test_ghost_batches_of_a_changing_batch_size_compile(name: str) -> None:
-    batches = [torch.randn(n, 4, 3, 3) for n in (6, 9, 12, 10, 7)]
+    batches = [torch.randn(n, 4, 3, 3) for n in (6, 9, 10)]
     assert_same_steps(LAYERS[name](), batches)
 
 

@@ -1,4 +1,4 @@
-"""The stateless functions: gradients by finite differences, what is constant for autograd, and torch's own functions."""
+"""The stateless functions: gradients by finite differences, constants of autograd, and torch's own functions."""
 
 from __future__ import annotations
 
@@ -246,10 +246,14 @@ WEIGHT, BIAS = torch.linspace(-1, 2, 8), torch.linspace(3, -1, 8)
             {"examples_per_group": 1}, lambda: F.instance_norm(X, weight=WEIGHT, bias=BIAS), id="instance norm"
         ),
         pytest.param(
-            {"examples_per_group": 1, "channels_per_group": 2}, lambda: F.group_norm(X, 4, WEIGHT, BIAS), id="group norm"
+            {"examples_per_group": 1, "channels_per_group": 2},
+            lambda: F.group_norm(X, 4, WEIGHT, BIAS),
+            id="group norm",
         ),
         pytest.param(
-            {"examples_per_group": 1, "channels_per_group": 8}, lambda: F.group_norm(X, 1, WEIGHT, BIAS), id="layer norm"
+            {"examples_per_group": 1, "channels_per_group": 8},
+            lambda: F.group_norm(X, 1, WEIGHT, BIAS),
+            id="layer norm",
         ),
         pytest.param(
             {"examples_per_group": 2},

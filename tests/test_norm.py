@@ -43,9 +43,7 @@ def test_evaluation_is_bit_equal_to_batch_norm(
     assert torch.equal(y, expected)
     dy = torch.randn_like(x)
     actual = torch.autograd.grad(y, [x, layer.weight, layer.bias], dy)
-    for gradient, exact in zip(
-        actual, torch.autograd.grad(expected, [x, plain.weight, plain.bias], dy), strict=True
-    ):
+    for gradient, exact in zip(actual, torch.autograd.grad(expected, [x, plain.weight, plain.bias], dy), strict=True):
         assert torch.equal(gradient, exact)
 
 
@@ -59,7 +57,7 @@ def test_evaluation_is_bit_equal_in_channels_last_and_without_parameters(options
 
 
 def test_evaluation_is_bit_equal_for_ghost_batches_too() -> None:
-    layer, plain = trained_pair("BatchNorm2d")
+    _, plain = trained_pair("BatchNorm2d")
     ghost = renorm.GhostBatchNorm2d(6, 2)
     ghost.load_state_dict(plain.state_dict())
     x = torch.randn(5, 6, 7, 3)
@@ -101,9 +99,7 @@ def test_the_example_weight_plays_no_part_in_training() -> None:
 )
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_the_activation_follows_norm_and_residual(
-    act: Any, function: Any, training: bool, with_residual: bool
-) -> None:
+def test_the_activation_follows_norm_and_residual(act: Any, function: Any, training: bool, with_residual: bool) -> None:
     layer, bare = (renorm.BatchRenorm1d(6, act=a, limits=renorm.Limits.constant()).train(training) for a in (act, None))
     x, residual = torch.randn(2, 5, 6, 4, requires_grad=True).unbind()
     y = layer(x, residual=residual if with_residual else None)

@@ -84,9 +84,9 @@ def test_a_wrong_checkpoint_is_refused() -> None:
         layer.load_state_dict({k: v for k, v in layer.state_dict().items() if k != "running_var"})
     with pytest.raises(RuntimeError, match="Unexpected"):
         layer.load_state_dict(layer.state_dict() | {"extra": torch.zeros(1)})
+    state = layer.state_dict()
+    del state["num_batches_tracked"]
     with pytest.raises(RuntimeError, match="num_batches_tracked"):
-        state = layer.state_dict()
-        del state["num_batches_tracked"]
         layer.load_state_dict(state)
 
 

@@ -137,9 +137,7 @@ def test_the_function_moves_statistics_as_the_layer_does(tracking: Any, momentum
     layer(x)
     batch = Moments(x.mean(0)[None], x.var(0, correction=0)[None], torch.full((1, 1), 8.0))
     for given_momentum in (momentum, torch.tensor(momentum)):
-        mean, var = update_running(
-            torch.zeros(3), torch.ones(3), batch, momentum=given_momentum, tracking=tracking
-        )
+        mean, var = update_running(torch.zeros(3), torch.ones(3), batch, momentum=given_momentum, tracking=tracking)
         torch.testing.assert_close(layer.running_mean, mean)
         torch.testing.assert_close(layer.running_var, var)
 
