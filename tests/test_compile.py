@@ -48,28 +48,28 @@ def step(layer: Any, x: Tensor, *arguments: Tensor | None) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y.square().sum() + y.sum(), leaves)]
 
 
-def assert_same_steps(layer: renorm.Norm, batches: list[Tensor], mask: Tensor | None = None, **options: Any) -> Any:
-    eager = copy.deepcopy(layer)
+def assert_same_steps(layer: renorm.Norm, batches: list[Tensor], mask: Tensor | None = None, **options: Any) -> int:
+    """Train or evaluate compiled and eager side by side; returns how often it compiled again after the first batch."""
+    eager, counts = copy.deepcopy(layer), []
     fast, counter = compiled(layer, **options)
     for x in batches:
         for actual, expected in zip(step(fast, x, mask), step(eager, x, mask), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         for (name, actual), expected in zip(layer.named_buffers(), eager.buffers(), strict=True):
             torch.testing.assert_close(actual, expected, msg=lambda text, name=name: f"{name}: {text}")
-    return counter
+        counts.append(counter.frame_count)
+    return counts[-1] - counts[0]
 
 
 @every_layer
 def test_training_is_one_graph_compiled_once_while_the_limits_move(make: Callable[[], renorm.Norm]) -> None:
     batches = [torch.randn(6, 4, 3, 3) * (1 + i) + i for i in range(7)]
-    counter = assert_same_steps(make(), batches)
-    assert counter.frame_count == 1
+    assert assert_same_steps(make(), batches) == 0
 
 
 @pytest.mark.parametrize("name", ["BatchNorm", "BatchGroupNorm", "example weight", "activation"])
 def test_evaluation_is_one_graph(name: str) -> None:
-    counter = assert_same_steps(LAYERS[name]().eval(), [torch.randn(6, 4, 3, 3) for _ in range(3)])
-    assert counter.frame_count == 1
+    assert assert_same_steps(LAYERS[name]().eval(), [torch.randn(6, 4, 3, 3) for _ in range(3)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -79,18 +79,16 @@ def test_evaluation_is_one_graph(name: str) -> None:
 def test_masks_compile(name: str, training: bool) -> None:
     layer = LAYERS[name]().train(training)
     mask = torch.rand(6, 3, 3) < 0.7
-    counter = assert_same_steps(layer, [torch.randn(6, 4, 3, 3) for _ in range(3)], mask)
-    assert counter.frame_count == 1
+    assert assert_same_steps(layer, [torch.randn(6, 4, 3, 3) for _ in range(3)], mask) == 0
 
 
 @pytest.mark.parametrize("name", ["BatchNorm", "BatchRenorm", "cumulative average"])
 def test_the_batch_size_may_be_dynamic(name: str) -> None:
     batches = [torch.randn(n, 4, 3, 3) for n in (6, 9, 4, 12)]
-    counter = assert_same_steps(LAYERS[name](), batches, dynamic=True)
-    assert counter.frame_count == 1
+    assert assert_same_steps(LAYERS[name](), batches, dynamic=True) == 0
 
 
-@pytest.mark.parametrize("name", ["GhostBatchNorm", "BatchGroupNorm"])
+@pytest.mark.parametrize("name", ["GhostBatchNorm", pytest.param("BatchGroupNorm", marks=pytest.mark.slow)])
 def test_ghost_batches_of_a_changing_batch_size_compile(name: str) -> None:
     batches = [torch.randn(n, 4, 3, 3) for n in (6, 9, 10)]
     assert_same_steps(LAYERS[name](), batches)
@@ -98,14 +96,13 @@ def test_ghost_batches_of_a_changing_batch_size_compile(name: str) -> None:
 
 def test_a_last_smaller_batch_recompiles_once_at_most() -> None:
     sizes = (8, 8, 8, 5, 8, 8, 5, 3)
-    counter = assert_same_steps(LAYERS["BatchRenorm"](), [torch.randn(n, 4, 3, 3) for n in sizes])
-    assert counter.frame_count <= 2
+    assert assert_same_steps(LAYERS["BatchRenorm"](), [torch.randn(n, 4, 3, 3) for n in sizes]) <= 1
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 2, 3, 2)], ids=["(N, C)", "3d"])
 def test_input_of_another_rank_compiles(shape: tuple[int, ...]) -> None:
     layer = renorm.BatchRenorm(4, limits=RAMP)
-    assert assert_same_steps(layer, [torch.randn(shape) for _ in range(3)]).frame_count == 1
+    assert assert_same_steps(layer, [torch.randn(shape) for _ in range(3)]) == 0
 
 
 def test_half_precision_compiles() -> None:
@@ -146,4 +143,4 @@ def test_a_model_compiles_in_whole() -> None:
 @pytest.mark.parametrize("name", ["BatchRenorm", "BatchGroupNorm"])
 def test_the_default_compiler_gives_the_same(name: str) -> None:
     batches = [torch.randn(6, 4, 3, 3) * (1 + i) + i for i in range(4)]
-    assert assert_same_steps(LAYERS[name](), batches, backend="inductor").frame_count == 1
+    assert assert_same_steps(LAYERS[name](), batches, backend="inductor") == 0

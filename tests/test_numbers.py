@@ -112,7 +112,6 @@ def test_millions_of_elements_per_channel(memory_format: torch.memory_format, op
         assert_agrees(rows, (exact[0, :, 0] - mu[:, None]) / (sigma[:, None] + 1e-5).sqrt(), 2e-5)
 
 
-@pytest.mark.slow
 @layouts
 def test_more_elements_per_channel_than_float32_can_count(memory_format: torch.memory_format) -> None:
     x = (torch.rand(20, 2, 1024, 1024) + 3).to(memory_format=memory_format)
