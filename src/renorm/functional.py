@@ -158,6 +158,7 @@ def renormalize(
         >>> y.tolist()
         [[0.0], [1.0]]
     """
+    check_input(x)
     grouping = Grouping(examples_per_group, channels_per_group)
     check_channels(x.shape[1], channels_per_group)
     shape = (sum(groups for groups, _ in grouping.parts(x.shape[0])), x.shape[1] // channels_per_group)
@@ -217,7 +218,7 @@ def weighted_batch_norm(
     """
     check_example_weight(example_weight)
     check_input(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    check_channels(x.shape[1], channels_per_group)
+    check_channels(x.shape[1], Grouping(None, channels_per_group).channels_per_group)
     running_mean, running_var = _statistics(x, running_mean, running_var)
     if example_weight > 0 and x.numel() > 0:
         mask = None if mask is None else check_mask(mask, x)
@@ -228,8 +229,12 @@ def weighted_batch_norm(
             moment[0].repeat_interleave(channels_per_group) for moment in (group.mean, group.var)
         )
     weight, bias = (None if p is None else p.to(running_mean.dtype) for p in (weight, bias))
+    if mask is None:
+        return torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+    counted = check_mask(mask, x).unsqueeze(1)
+    x = x.where(counted, 0)  # else NaN in the padding reaches the weight's gradient
     y = torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
-    return y if mask is None else y.where(check_mask(mask, x).unsqueeze(1), 0)
+    return y.where(counted, 0)
 
 
 def _train(
@@ -241,8 +246,8 @@ def _train(
     grouping: Grouping,
     eps: float,
 ) -> tuple[Tensor, Moments]:
-    running_mean = correction.mean if isinstance(correction, Running) else None
-    check_input(x, running_mean=running_mean, weight=weight, bias=bias)
+    running_mean, running_var = correction[:2] if isinstance(correction, Running) else (None, None)
+    check_input(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     mask = None if mask is None else check_mask(mask, x)
     if x.numel() == 0:
         return _empty(x, weight, bias)

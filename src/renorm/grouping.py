@@ -58,7 +58,7 @@ class Grouping:
         size = self.examples_per_group
         if size is None or size >= num_examples:
             return [(1, num_examples)]
-        whole, rest = divmod(num_examples, size)
+        whole, rest = num_examples // size, num_examples % size  # divmod takes no symbolic sizes
         if rest == 0:
             return [(whole, size)]
         if rest > 1:

@@ -29,7 +29,7 @@ class Limits:
     Args:
         r_max: r stays within [1 / r_max, r_max]; at least 1. Infinite only without a ramp.
         d_max: d stays within [-d_max, d_max]; at least 0. Infinite only without a ramp.
-        start: last step of plain batch norm; the steps are counted by `num_batches_tracked`, from 0.
+        start: step at which the ramps leave 1 and 0, or at which a switch is on; counted by `num_batches_tracked`.
         r_end: step at which r_max is reached; `start` makes it a switch.
         d_end: step at which d_max is reached; `start` makes it a switch.
 

@@ -14,6 +14,7 @@ from .checks import check_channels, check_example_weight, check_mask
 from .grouping import Grouping
 from .limits import Limits
 from .moments import Moments
+from .ops.snapshot import snapshot
 from .tracking import Tracking, require_tracking
 
 _STATISTICS = ("running_mean", "running_var")
@@ -186,7 +187,8 @@ class Norm(nn.Module):
         mask = None if mask is None else check_mask(mask, x)
         y = self._normalize(x, mask)
         if residual is not None:
-            y = y + (residual if mask is None else residual.where(mask.unsqueeze(1), 0))
+            residual = residual if mask is None else residual.where(mask.unsqueeze(1), 0)
+            y = (y + residual).to(y.dtype)
         return self._activate(y)
 
     def _activate(self, y: Tensor) -> Tensor:
@@ -217,14 +219,16 @@ class Norm(nn.Module):
 
     def _normalize_batch(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Moments]:
         n, k = self.examples_per_group, self.channels_per_group
+        eps = self.eps * 1.0  # the compiler must meet a float of the module outside autograd.Function first
         if self.limits is None:
             return F.batch_norm(
-                x, self.weight, self.bias, mask=mask, examples_per_group=n, channels_per_group=k, eps=self.eps
+                x, self.weight, self.bias, mask=mask, examples_per_group=n, channels_per_group=k, eps=eps
             )
-        r_max, d_max = self.limits(self.num_batches_tracked, self.running_mean.dtype)
+        running_mean, running_var = snapshot(self.running_mean), snapshot(self.running_var)
+        r_max, d_max = self.limits(snapshot(self.num_batches_tracked), running_mean.dtype)
         return F.batch_renorm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, r_max=r_max, d_max=d_max,
-            mask=mask, examples_per_group=n, channels_per_group=k, eps=self.eps,
+            x, running_mean, running_var, self.weight, self.bias, r_max=r_max, d_max=d_max,
+            mask=mask, examples_per_group=n, channels_per_group=k, eps=eps,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -70,6 +70,4 @@ def carry_over(old: Any, new: nn.Module) -> None:
             kept = new.get_buffer(name)
             new.register_buffer(name, buffer.to(torch.promote_types(buffer.dtype, kept.dtype)))
     new.train(old.training)
-    vars(new).update(
-        {name: value for name, value in vars(old).items() if name.endswith(("_hooks", "_hooks_with_kwargs"))}
-    )
+    vars(new).update({name: value for name, value in vars(old).items() if "_hook" in name})

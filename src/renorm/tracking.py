@@ -37,7 +37,7 @@ def update_running(
 
     Returns:
         New running_mean and running_var, (C,) each. "std" and "var" leave running_var as it was where every
-        group has a single element, since that says nothing of the spread.
+        group has a single element, or a channel only one in all, since that says nothing of the spread.
 
     Source:
         Ioffe 2017, algorithm 1 ("std"); Ioffe & Szegedy 2015 ("var"); Summers & Dinneen 2020, section 3.1 ("total").
@@ -50,6 +50,7 @@ def update_running(
         >>> update_running(zero, one, batch, momentum=0.5, tracking="total")
         (tensor([1.]), tensor([3.]))
     """
+    require_tracking(tracking)
     moments = Moments(*(moment.to(running_mean.dtype) for moment in moments))
     batch = moments.merged(0)  # (C,)
     mean = torch.lerp(running_mean, batch.mean, momentum)
@@ -58,7 +59,7 @@ def update_running(
         return mean, torch.lerp(running_var, batch.var, momentum) + momentum * (1 - momentum) * between
     update = _update_std if tracking == "std" else _update_var
     var = update(running_var, moments, batch, momentum, eps)
-    has_spread = (moments.count * channels_per_group > 1).any()
+    has_spread = (moments.count * channels_per_group > 1).any() & (batch.count > 1)
     return mean, torch.where(has_spread, var, running_var)
 
 

@@ -6,6 +6,8 @@ kernels allow, and of the operations on what is small, (C,), each costs a micros
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,21 @@ def suits(x: Tensor, mask: Tensor | None, grouping: Grouping) -> bool:
     if x.device.type != "cpu" or mask is not None or x.dtype not in (torch.float32, torch.float64):
         return False
     whole_batch = grouping.examples_per_group is None or grouping.examples_per_group >= x.shape[0]
-    return whole_batch and grouping.is_per_channel
+    return whole_batch and grouping.is_per_channel and _is_laid_out_plainly(x)
+
+
+def _is_laid_out_plainly(x: Tensor) -> bool:
+    # torch's kernels err on other strides, even where those of a dimension of size 1 are all that differs
+    positions = range(x.ndim - 1, 1, -1)
+    return x.stride() in (_dense_strides(x, (*positions, 1, 0)), _dense_strides(x, (1, *positions, 0)))
+
+
+def _dense_strides(x: Tensor, dims_from_innermost: Iterable[int]) -> tuple[int, ...]:
+    strides, step = [0] * x.ndim, 1
+    for dim in dims_from_innermost:
+        strides[dim] = step
+        step *= x.shape[dim]
+    return tuple(strides)
 
 
 def forward(
@@ -92,6 +108,8 @@ def backward(
         r, d = _squeezed(correction)
         scale = r if scale is None else scale * r
     inverse_sigma = (moments.var[0] + eps).rsqrt_()
+    if dy.stride() != x.stride():
+        dy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(dy)
     dx, dscale, dbias = torch.ops.aten.native_batch_norm_backward(
         dy, x, scale, None, None, mean, inverse_sigma, True, eps, [True, True, True]
     )

@@ -40,7 +40,7 @@ def evaluate(
     view_mask = None if mask is None else mask[:, None, None]
     centered, drift, channel = center(view, view_mask)
     example = pool(channel, k)  # (N, K)
-    alpha = example_weight if mask is None else (example.count > 0) * example_weight
+    alpha = example_weight if mask is None else (example.count > 0).to(running.var.dtype) * example_weight
     difference = example.mean - running.mean
     var = (1 - alpha) * running.var + alpha * example.var + alpha * (1 - alpha) * difference.square()
     # x - mean, with mean = mu + alpha * (e - mu), from the example's centered channels

@@ -44,9 +44,10 @@ def forward(
         The output, the moments, and r and d.
     """
     k = grouping.channels_per_group
+    equal_groups = grouping.parts(x.shape[0])
+    if len(equal_groups) == 1:
+        return _forward(x, weight, bias, mask, correction, equal_groups[0][0], k, eps)
     parts = _parts(grouping, x.shape[0])
-    if len(parts) == 1:
-        return _forward(x, weight, bias, mask, correction, parts[0].num_groups, k, eps)
     pieces = [
         _forward(
             x[part.examples], weight, bias, _rows(mask, part.examples),
@@ -92,6 +93,9 @@ def backward(
         The gradients of x, weight and bias.
     """
     k = grouping.channels_per_group
+    equal_groups = grouping.parts(x.shape[0])
+    if len(equal_groups) == 1:
+        return _backward(dy, x, weight, mask, moments, correction, equal_groups[0][0], k, eps)
     parts = _parts(grouping, x.shape[0])
     pieces = [
         _backward(
@@ -101,8 +105,6 @@ def backward(
         )
         for part in parts
     ]  # fmt: skip
-    if len(pieces) == 1:
-        return pieces[0]
     dx, dweight, dbias = zip(*pieces, strict=True)
     return Gradients(torch.cat(dx), sum(dweight[1:], dweight[0]), sum(dbias[1:], dbias[0]))
 
@@ -156,8 +158,7 @@ def _forward(
     y = apply(centered, scale, shift, weight, bias)
     if view_mask is not None:
         y = y.where(view_mask, 0)
-    # not a view, so that an in-place activation may follow
-    return Forward(torch.ops.aten._unsafe_view(y, x.shape).to(x.dtype), channel, correction)
+    return Forward(_merged(y, x.shape).to(x.dtype), channel, correction)
 
 
 def _backward(
@@ -190,6 +191,7 @@ def _backward(
     if correction is not None:
         dweight = dweight + sum_dy * spread(correction.d, k)
 
+    scale = scale.where(group.count > 1, 0)  # through a single element no gradient flows, not even rounding
     gamma = torch.ones_like(channel.mean[0]) if weight is None else weight.to(channel.mean.dtype)
     count = group.count.clamp(min=1)
     mean_g = collect(gamma * sum_dy, k) / count
@@ -205,6 +207,15 @@ def _backward(
     if view_mask is not None:
         dx = dx.where(view_mask, 0)
     return Gradients(dx.flatten(0, 1).to(x.dtype), dweight.sum(0), sum_dy.sum(0))
+
+
+def _merged(view: Tensor, shape: torch.Size) -> Tensor:
+    """(G, n, C, *S) as (N, C, *S), and to autograd not a view, so that an in-place activation may follow."""
+    groups, examples = view.shape[:2]
+    if groups == 1 or examples == 1 or view.stride(0) == examples * view.stride(1):
+        merged: Tensor = torch.ops.aten._unsafe_view(view, shape)
+        return merged
+    return view.flatten(0, 1)
 
 
 def _views(x: Tensor, mask: Tensor | None, num_groups: int) -> tuple[Tensor, Tensor | None]:

@@ -23,7 +23,7 @@ def center(view: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Moments]:
     dims = element_dims(view)
     if mask is None:
         elements = view.shape[1] * view.shape[3:].numel()
-        count = torch.full((view.shape[0], 1), float(elements), dtype=dtype, device=view.device)
+        count = torch.full((view.shape[0], 1), elements, dtype=dtype, device=view.device)
         shift = view[:, : max(1, view.shape[1] // 8)].mean(dims, dtype=dtype)
         centered = view - expand(shift, view.ndim)
     else:
