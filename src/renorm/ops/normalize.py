@@ -11,7 +11,7 @@ from torch import Tensor
 from ..grouping import Grouping
 from ..moments import Moments
 from . import aten, reference
-from .types import Correction, Forward, Gradients, Running
+from .types import Correction, Forward, Running
 
 
 def normalize(
@@ -52,7 +52,10 @@ class _Normalize(torch.autograd.Function):
         grouping: Grouping,
         eps: float,
     ) -> tuple[Tensor, ...]:
-        y, moments, applied = _forward(x, weight, bias, mask, correction, grouping, eps)
+        if aten.suits(x, mask, grouping):
+            y, moments, applied = aten.forward(x, weight, bias, correction, eps)
+        else:
+            y, moments, applied = reference.forward(x, weight, bias, mask, correction, grouping, eps)
         return y, *moments, *(applied or ())
 
     @staticmethod
@@ -66,7 +69,10 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask, mean, var, count, *applied = ctx.saved_tensors
         moments, correction = Moments(mean, var, count), Correction(*applied) if applied else None
-        gradients = _backward(dy, x, weight, mask, moments, correction, ctx.grouping, ctx.eps)
+        if aten.suits(x, mask, ctx.grouping):
+            gradients = aten.backward(dy, x, weight, moments, correction, ctx.eps)
+        else:
+            gradients = reference.backward(dy, x, weight, mask, moments, correction, ctx.grouping, ctx.eps)
         _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         dweight = gradients.weight if wants_weight else None
         dbias = gradients.bias if wants_bias else None
@@ -75,32 +81,3 @@ class _Normalize(torch.autograd.Function):
 
 # Autograd asks for the signature at every call; to find it anew takes longer than all else around the operation.
 _Normalize.forward.__signature__ = inspect.signature(_Normalize.forward)  # type: ignore[attr-defined]
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    correction: Running | Correction | None,
-    grouping: Grouping,
-    eps: float,
-) -> Forward:
-    if aten.suits(x, mask, grouping):
-        return aten.forward(x, weight, bias, correction, eps)
-    return reference.forward(x, weight, bias, mask, correction, grouping, eps)
-
-
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    moments: Moments,
-    correction: Correction | None,
-    grouping: Grouping,
-    eps: float,
-) -> Gradients:
-    if aten.suits(x, mask, grouping):
-        return aten.backward(dy, x, weight, moments, correction, eps)
-    return reference.backward(dy, x, weight, mask, moments, correction, grouping, eps)

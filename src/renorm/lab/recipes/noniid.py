@@ -17,9 +17,9 @@ from ..runs import Run
 class NonIid(Recipe):
     """Train on independent minibatches and on minibatches of few classes, and compare the normalization methods.
 
-    The default regime is one in which batch norm suffers on digits, by several points: with 3 classes x 10 or 4 x 8
-    it loses a point at most. It is a rough regime: accuracies vary between seeds, those of batch-group norm most of
-    all, some of whose trainings fail. At a learning rate of 0.02 every method reaches 96 to 97%, and they are level.
+    The default regime is a rough one, in which batch norm loses several points on digits: accuracies vary between
+    seeds, those of batch-group norm most of all, some of whose trainings fail. At a learning rate of 0.02 every
+    method reaches 96 to 97%, and they are level.
 
     Args:
         classes_per_batch: classes in a dependent minibatch, drawn at random for each.
