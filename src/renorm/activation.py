@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Activation = Literal["relu", "leaky_relu", "silu", "gelu"]
+Activation = Literal["relu", "relu6", "leaky_relu", "silu", "gelu"]
 
 # All of them map 0 to 0, so that masked outputs stay 0.
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
+    "relu6": F.relu6,
     "leaky_relu": F.leaky_relu,
     "silu": F.silu,
     "gelu": F.gelu,
@@ -43,3 +45,32 @@ def activate(x: Tensor, act: Activation | None) -> Tensor:
         The activated tensor.
     """
     return x if act is None else _FUNCTIONS[act](x)
+
+
+def is_piecewise_linear(act: str) -> bool:
+    """Whether an activation's derivative can be told from its output.
+
+    Args:
+        act: name of the activation.
+
+    Returns:
+        True for the relu family.
+    """
+    return act in ("relu", "relu6", "leaky_relu")
+
+
+def derivative_from_output(y: Tensor, act: str) -> Tensor:
+    """The derivative of a piecewise linear activation where it had the output y.
+
+    Args:
+        y: what came out of the activation, any shape.
+        act: one that `is_piecewise_linear`.
+
+    Returns:
+        The derivative, a constant for autograd, shape of y.
+    """
+    y = y.detach()
+    if act == "leaky_relu":
+        return torch.where(y > 0, 1.0, 0.01).to(y.dtype)
+    inside = y > 0 if act == "relu" else (y > 0) & (y < 6)
+    return inside.to(y.dtype)

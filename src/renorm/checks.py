@@ -96,6 +96,20 @@ def check_mask(mask: Tensor, x: Tensor) -> Tensor:
     return mask.expand(shape)
 
 
+def check_residual(residual: Tensor | None, x: Tensor) -> None:
+    """Refuse a residual of another shape, which would be broadcast.
+
+    Args:
+        residual: added to the normalized x, or None.
+        x: input, (N, C, *S).
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+
+
 def check_example_weight(example_weight: float) -> None:
     """Refuse an example weight that is none.
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_channels, check_example_weight, check_groups, check_input, check_limits, check_mask
+from .activation import Activation, require_activation
+from .checks import (
+    check_channels,
+    check_example_weight,
+    check_groups,
+    check_input,
+    check_limits,
+    check_mask,
+    check_residual,
+)
 from .grouping import Grouping
 from .moments import Moments
 from .ops.evaluation import evaluate
 from .ops.normalize import normalize
-from .ops.statistics import pool_running
 from .ops.types import Correction, Running
 from .tracking import update_running
 
@@ -26,6 +34,8 @@ def batch_norm(
     examples_per_group: int | None = None,
     channels_per_group: int = 1,
     eps: float = 1e-5,
+    residual: Tensor | None = None,
+    act: Activation | None = None,
 ) -> tuple[Tensor, Moments]:
     """Normalize by the statistics of the batch, or of groups within it.
 
@@ -40,6 +50,8 @@ def batch_norm(
         examples_per_group: consecutive examples that share statistics; None for all.
         channels_per_group: consecutive channels that share statistics.
         eps: added to the variance.
+        residual: added before the activation, shape of x; None for nothing.
+        act: activation applied last, by name; None for none.
 
     Returns:
         The output, shape and dtype of x, 0 where masked; and the moments of every channel in every example
@@ -57,7 +69,7 @@ def batch_norm(
         >>> y.tolist(), moments.mean.item(), moments.var.item()
         ([[-1.0], [1.0]], 2.0, 1.0)
     """
-    return _train(x, weight, bias, mask, None, Grouping(examples_per_group, channels_per_group), eps)
+    return _train(x, weight, bias, mask, None, Grouping(examples_per_group, channels_per_group), eps, residual, act)
 
 
 def batch_renorm(
@@ -73,6 +85,8 @@ def batch_renorm(
     examples_per_group: int | None = None,
     channels_per_group: int = 1,
     eps: float = 1e-5,
+    residual: Tensor | None = None,
+    act: Activation | None = None,
 ) -> tuple[Tensor, Moments]:
     """Normalize by the statistics of the batch, corrected towards the running statistics.
 
@@ -92,6 +106,8 @@ def batch_renorm(
         channels_per_group: consecutive channels that share statistics; such a group's running mean and variance
             are the pooled ones of its channels.
         eps: added to the variances.
+        residual: added before the activation, shape of x; None for nothing.
+        act: activation applied last, by name; None for none.
 
     Returns:
         The output, shape and dtype of x, 0 where masked; and the moments of every channel in every example
@@ -114,7 +130,7 @@ def batch_renorm(
         check_limits(r_max, d_max)
     running_mean, running_var = _statistics(x, running_mean, running_var)
     running = Running(running_mean, running_var, r_max, d_max)
-    return _train(x, weight, bias, mask, running, Grouping(examples_per_group, channels_per_group), eps)
+    return _train(x, weight, bias, mask, running, Grouping(examples_per_group, channels_per_group), eps, residual, act)
 
 
 def renormalize(
@@ -180,6 +196,8 @@ def weighted_batch_norm(
     mask: Tensor | None = None,
     channels_per_group: int = 1,
     eps: float = 1e-5,
+    residual: Tensor | None = None,
+    act: Activation | None = None,
 ) -> Tensor:
     """Evaluate: normalize by the running statistics, weighed with the statistics of each example by itself.
 
@@ -197,6 +215,8 @@ def weighted_batch_norm(
             is masked wholly has no statistics, and weighs nothing.
         channels_per_group: consecutive channels that share statistics.
         eps: added to the variance.
+        residual: added before the activation, shape of x; None for nothing.
+        act: activation applied last, by name; None for none.
 
     Returns:
         The output, shape and dtype of x, 0 where masked.
@@ -219,22 +239,13 @@ def weighted_batch_norm(
     check_example_weight(example_weight)
     check_input(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     check_channels(x.shape[1], Grouping(None, channels_per_group).channels_per_group)
+    check_residual(residual, x)
+    require_activation(act)
+    mask = None if mask is None else check_mask(mask, x)
     running_mean, running_var = _statistics(x, running_mean, running_var)
-    if example_weight > 0 and x.numel() > 0:
-        mask = None if mask is None else check_mask(mask, x)
-        return evaluate(x, weight, bias, mask, running_mean, running_var, example_weight, channels_per_group, eps)
-    if channels_per_group > 1:
-        group = pool_running(running_mean, running_var, channels_per_group)
-        running_mean, running_var = (
-            moment[0].repeat_interleave(channels_per_group) for moment in (group.mean, group.var)
-        )
-    weight, bias = (None if p is None else p.to(running_mean.dtype) for p in (weight, bias))
-    if mask is None:
-        return torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
-    counted = check_mask(mask, x).unsqueeze(1)
-    x = x.where(counted, 0)  # else NaN in the padding reaches the weight's gradient
-    y = torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
-    return y.where(counted, 0)
+    return evaluate(
+        x, weight, bias, mask, residual, running_mean, running_var, example_weight, channels_per_group, eps, act
+    )
 
 
 def _train(
@@ -245,15 +256,18 @@ def _train(
     correction: Running | Correction | None,
     grouping: Grouping,
     eps: float,
+    residual: Tensor | None = None,
+    act: Activation | None = None,
 ) -> tuple[Tensor, Moments]:
     running_mean, running_var = correction[:2] if isinstance(correction, Running) else (None, None)
     check_input(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    check_residual(residual, x)
+    require_activation(act)
     mask = None if mask is None else check_mask(mask, x)
     if x.numel() == 0:
         return _empty(x, weight, bias)
     check_groups(x, grouping, corrected=correction is not None)
-    y, moments, _ = normalize(x, weight, bias, mask, correction, grouping, eps)
-    return y, moments
+    return normalize(x, weight, bias, mask, correction, grouping, eps, residual, act)
 
 
 def _empty(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments]:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .activation import Activation, activate, require_activation
-from .checks import check_channels, check_example_weight, check_mask
+from .activation import Activation, require_activation
+from .checks import check_channels, check_example_weight
 from .grouping import Grouping
 from .limits import Limits
 from .moments import Moments
 from .ops.snapshot import snapshot
-from .tracking import Tracking, require_tracking
+from .tracking import RunningState, Tracking, commit, require_tracking
 
 _STATISTICS = ("running_mean", "running_var")
 
@@ -183,18 +183,17 @@ class Norm(nn.Module):
             TypeError: x is not floating point, or the mask not boolean.
             ValueError: a shape does not fit, or a statistics group has a single element and there are no limits.
         """
-        self._check(x, residual)
-        mask = None if mask is None else check_mask(mask, x)
-        y = self._normalize(x, mask)
-        if residual is not None:
-            residual = residual if mask is None else residual.where(mask.unsqueeze(1), 0)
-            y = (y + residual).to(y.dtype)
-        return self._activate(y)
+        self._check(x)
+        return self._finish(self._normalize(x, mask, residual))
 
-    def _activate(self, y: Tensor) -> Tensor:
-        return activate(y, self.act)
+    def _fused_activation(self) -> Activation | None:
+        return self.act
 
-    def _check(self, x: Tensor, residual: Tensor | None) -> None:
+    def _finish(self, y: Tensor) -> Tensor:
+        """What comes after the activation; nothing, but for layers that hold modules of their own."""
+        return y
+
+    def _check(self, x: Tensor) -> None:
         if x.ndim not in self.input_ranks:
             ranks = " or ".join(f"{rank}d" for rank in self.input_ranks)
             raise ValueError(f"{type(self).__name__} takes {ranks} input, got x of shape {tuple(x.shape)}")
@@ -202,53 +201,40 @@ class Norm(nn.Module):
             raise ValueError(
                 f"x must have num_features={self.num_features} channels in dimension 1, got shape {tuple(x.shape)}"
             )
-        if residual is not None and residual.shape != x.shape:
-            raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
 
-    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        k = self.channels_per_group
+    def _normalize(self, x: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
         if self.training or not self.track_running_stats:
-            y, moments = self._normalize_batch(x, mask)
+            y, moments = self._normalize_batch(x, mask, residual)
             if self.track_running_stats and x.numel() > 0:
-                self._track(moments, masked=mask is not None)
+                self._track(moments)
             return y
         return F.weighted_batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias,
-            example_weight=self.example_weight, mask=mask, channels_per_group=k, eps=self.eps,
+            example_weight=self.example_weight, mask=mask, channels_per_group=self.channels_per_group, eps=self.eps,
+            residual=residual, act=self._fused_activation(),
         )  # fmt: skip
 
-    def _normalize_batch(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Moments]:
-        n, k = self.examples_per_group, self.channels_per_group
+    def _normalize_batch(self, x: Tensor, mask: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Moments]:
+        n, k, act = self.examples_per_group, self.channels_per_group, self._fused_activation()
         eps = self.eps * 1.0  # the compiler must meet a float of the module outside autograd.Function first
         if self.limits is None:
             return F.batch_norm(
-                x, self.weight, self.bias, mask=mask, examples_per_group=n, channels_per_group=k, eps=eps
-            )
+                x, self.weight, self.bias,
+                mask=mask, examples_per_group=n, channels_per_group=k, eps=eps, residual=residual, act=act,
+            )  # fmt: skip
         running_mean, running_var = snapshot(self.running_mean), snapshot(self.running_var)
         r_max, d_max = self.limits(snapshot(self.num_batches_tracked), running_mean.dtype)
         return F.batch_renorm(
             x, running_mean, running_var, self.weight, self.bias, r_max=r_max, d_max=d_max,
-            mask=mask, examples_per_group=n, channels_per_group=k, eps=eps,
+            mask=mask, examples_per_group=n, channels_per_group=k, eps=eps, residual=residual, act=act,
         )  # fmt: skip
 
-    @torch.no_grad()
-    def _track(self, moments: Moments, masked: bool) -> None:
-        running_mean, running_var, momentum = self.running_mean, self.running_var, self._momentum()
-        mean, var = F.update_running(
-            running_mean, running_var, moments,
-            momentum=momentum, tracking=self.tracking, channels_per_group=self.channels_per_group, eps=self.eps,
+    def _track(self, moments: Moments) -> None:
+        state = RunningState(self.running_mean, self.running_var, self.num_batches_tracked, self.num_batches_skipped)
+        commit(
+            state, moments,
+            momentum=self.momentum, tracking=self.tracking, channels_per_group=self.channels_per_group, eps=self.eps,
         )  # fmt: skip
-        finite = (0 * (moments.mean + moments.var)).sum() == 0  # 0 times anything else is not a number
-        accepted = finite & (moments.count > 0).any() if masked else finite
-        running_mean.copy_(torch.where(accepted, mean, running_mean))
-        running_var.copy_(torch.where(accepted, var, running_var))
-        self.num_batches_tracked.add_(accepted)
-        self.num_batches_skipped.add_(~finite)
-
-    def _momentum(self) -> float | Tensor:
-        if self.momentum is not None:
-            return self.momentum
-        return 1 / (self.num_batches_tracked + 1).to(self.running_mean.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers[name] for name in _STATISTICS}

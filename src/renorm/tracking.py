@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .moments import Moments
+from .ops import extension
 
 Tracking = Literal["std", "var", "total"]
 
@@ -61,6 +62,68 @@ def update_running(
     var = update(running_var, moments, batch, momentum, eps)
     has_spread = (moments.count * channels_per_group > 1).any() & (batch.count > 1)
     return mean, torch.where(has_spread, var, running_var)
+
+
+class RunningState(NamedTuple):
+    """The buffers of a layer that a batch moves.
+
+    Args:
+        mean: running means, (C,), float32 or float64.
+        var: running variances, (C,), same dtype.
+        steps: batches that moved them, 0-d int64.
+        skipped: batches that did not, because their moments were not finite; 0-d int64.
+    """
+
+    mean: Tensor
+    var: Tensor
+    steps: Tensor
+    skipped: Tensor
+
+
+@torch.no_grad()
+def commit(
+    state: RunningState,
+    moments: Moments,
+    *,
+    momentum: float | None,
+    tracking: Tracking,
+    channels_per_group: int,
+    eps: float,
+) -> None:
+    """Move a layer's buffers by one batch, in place and without leaving the device.
+
+    A batch whose moments are not finite is only counted, one without a counted element not even that.
+
+    Args:
+        state: the buffers.
+        moments: of every channel in every example group, (G, C), with count (G, 1).
+        momentum: weight of the batch; None for the cumulative average.
+        tracking: see `update_running`.
+        channels_per_group: see `update_running`.
+        eps: see `update_running`.
+    """
+    if _suits_kernels(state, moments):
+        torch.ops.renorm.track.default(*state, *moments, tracking, momentum, channels_per_group, eps)
+        torch.autograd.graph.increment_version(state)
+        return
+    weight = 1 / (state.steps + 1).to(state.mean.dtype) if momentum is None else momentum
+    mean, var = update_running(
+        state.mean, state.var, moments,
+        momentum=weight, tracking=tracking, channels_per_group=channels_per_group, eps=eps,
+    )  # fmt: skip
+    finite = (0 * (moments.mean + moments.var)).sum() == 0  # 0 times anything else is not a number
+    accepted = finite & (moments.count > 0).any()
+    state.mean.copy_(torch.where(accepted, mean, state.mean))
+    state.var.copy_(torch.where(accepted, var, state.var))
+    state.steps.add_(accepted)
+    state.skipped.add_(~finite)
+
+
+def _suits_kernels(state: RunningState, moments: Moments) -> bool:
+    if torch.compiler.is_compiling() or not extension.suits(moments.mean):
+        return False
+    is_plain = all(tensor.is_contiguous() and extension.suits_state(tensor) for tensor in state)
+    return is_plain and moments.mean.dtype == state.mean.dtype and all(moment.is_contiguous() for moment in moments)
 
 
 def _update_var(running_var: Tensor, moments: Moments, batch: Moments, momentum: float | Tensor, eps: float) -> Tensor:

@@ -1,17 +1,15 @@
-"""Training forward and backward as one differentiable operation."""
+"""The one place that chooses how a batch is normalized: by the C++ kernels, torch's own, or the definition."""
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
-import torch
 from torch import Tensor
 
+from ..activation import Activation
 from ..grouping import Grouping
 from ..moments import Moments
-from . import aten, reference
-from .types import Correction, Forward, Running
+from . import extension, fused
+from .composed import compose, finish
+from .types import Correction, Running
 
 
 def normalize(
@@ -22,8 +20,10 @@ def normalize(
     correction: Running | Correction | None,
     grouping: Grouping,
     eps: float,
-) -> Forward:
-    """`reference.forward` with its closed-form gradient; only x, weight and bias have one.
+    residual: Tensor | None = None,
+    act: Activation | None = None,
+) -> tuple[Tensor, Moments]:
+    """Normalize by `reference.forward`, add the residual, activate; with the gradient in closed form.
 
     Args:
         x: input, (N, C, *S), not empty.
@@ -33,51 +33,13 @@ def normalize(
         correction: what r and d are computed from, or r and d themselves; None for batch norm.
         grouping: which elements share statistics.
         eps: added to the variance.
+        residual: added before the activation, shape of x, or None.
+        act: activation, or None.
 
     Returns:
-        The output, the moments, and r and d; the last two are constants for autograd.
+        The output, 0 where masked, and the moments, which are constants for autograd.
     """
-    y, mean, var, count, *applied = _Normalize.apply(x, weight, bias, mask, correction, grouping, eps)
-    return Forward(y, Moments(mean, var, count), Correction(*applied) if applied else None)
-
-
-class _Normalize(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        correction: Running | Correction | None,
-        grouping: Grouping,
-        eps: float,
-    ) -> tuple[Tensor, ...]:
-        if aten.suits(x, mask, grouping):
-            y, moments, applied = aten.forward(x, weight, bias, correction, eps)
-        else:
-            y, moments, applied = reference.forward(x, weight, bias, mask, correction, grouping, eps)
-        return y, *moments, *(applied or ())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, weight, _, mask, _, ctx.grouping, ctx.eps = inputs
-        statistics = output[1:]
-        ctx.mark_non_differentiable(*statistics)
-        ctx.save_for_backward(x, weight, mask, *statistics)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mask, mean, var, count, *applied = ctx.saved_tensors
-        moments, correction = Moments(mean, var, count), Correction(*applied) if applied else None
-        if aten.suits(x, mask, ctx.grouping):
-            gradients = aten.backward(dy, x, weight, moments, correction, ctx.eps)
-        else:
-            gradients = reference.backward(dy, x, weight, mask, moments, correction, ctx.grouping, ctx.eps)
-        _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        dweight = gradients.weight if wants_weight else None
-        dbias = gradients.bias if wants_bias else None
-        return gradients.x, dweight, dbias, None, None, None, None
-
-
-# Autograd asks for the signature at every call; to find it anew takes longer than all else around the operation.
-_Normalize.forward.__signature__ = inspect.signature(_Normalize.forward)  # type: ignore[attr-defined]
+    if extension.suits(x) and (residual is None or residual.dtype == x.dtype):
+        return fused.normalize(x, weight, bias, mask, residual, correction, grouping, eps, act)
+    y, moments = compose(x, weight, bias, mask, correction, grouping, eps)
+    return finish(y, mask, residual, act), moments

@@ -1,0 +1,340 @@
+// Where channels lie side by side: a unit is rows of columns, each column with sums of its own.
+//
+// Channels last: a row is a position, its columns are the channels; where these are few, several positions make a
+// row. Few positions per plane: a row is an example, its columns are the positions of several channels.
+
+namespace renorm {
+namespace RENORM_ISA {
+
+struct Region {
+  static constexpr int64_t kBlockElements = 16384, kMostRows = 64, kLeastRows = 4, kBlocksPerSegment = 16;
+  int64_t offset, rows, stride, width, leftover;  // a last, shorter row has `leftover` columns
+  int64_t first_channel, channels;
+  bool cyclic;        // whether column j is channel j % channels, or channel j / (columns per channel)
+  int64_t mask_offset;
+
+  int64_t columns_per_channel() const { return width / channels; }
+  int64_t channel_of(int64_t column) const {
+    return cyclic ? column % channels : column / columns_per_channel();
+  }
+  int64_t block_rows() const {
+    const int64_t fitting = kBlockElements / width;
+    return fitting < kLeastRows ? kLeastRows : fitting > kMostRows ? kMostRows : fitting;
+  }
+  int64_t segment_rows() const { return block_rows() * kBlocksPerSegment; }
+  int64_t segments() const { return rows ? (rows + segment_rows() - 1) / segment_rows() : 0; }
+  int64_t segment_end(int64_t segment) const {
+    const int64_t end = (segment + 1) * segment_rows();
+    return end < rows ? end : rows;
+  }
+  int64_t elements() const { return rows * width + leftover; }
+};
+
+inline int64_t positions_per_row(const Shape& shape, bool masked) {
+  constexpr int64_t kWide = 256;
+  if (masked || shape.channels >= kWide) return 1;
+  int64_t whole = 1;  // as many as make the row whole vectors
+  while (whole * shape.channels % kFloats != 0) ++whole;
+  return whole * ((kWide + whole * shape.channels - 1) / (whole * shape.channels));
+}
+
+inline Region rows_of_positions(const Shape& shape, int64_t g, bool masked) {
+  const int64_t first = shape.group_begin(g), repeat = positions_per_row(shape, masked);
+  const int64_t positions = (shape.group_end(g) - first) * shape.positions, width = repeat * shape.channels;
+  return {first * shape.positions * shape.channels, positions / repeat, width, width,
+          positions % repeat * shape.channels, 0, shape.channels, true, first * shape.positions};
+}
+
+// Panels of whole channel groups, wide enough to be read in order.
+inline int64_t channels_per_panel(const Shape& shape) {
+  constexpr int64_t kPanel = 1024;
+  const int64_t k = shape.channels_per_group, fitting = kPanel / shape.positions / k * k;
+  return fitting < k ? k : fitting;
+}
+
+inline Region rows_of_examples(const Shape& shape, int64_t g, int64_t panel) {
+  const int64_t first = shape.group_begin(g), begin = panel * channels_per_panel(shape);
+  const int64_t rest = shape.channels - begin, most = channels_per_panel(shape), channels = rest < most ? rest : most;
+  return {(first * shape.channels + begin) * shape.positions, shape.group_end(g) - first,
+          shape.channels * shape.positions, channels * shape.positions, 0, begin, channels, false, 0};
+}
+
+template <class A>
+void add_into(A* sums, const Vector<A>& value, int64_t i) { store(sums + i, load(sums + i) + value); }
+
+template <int N> struct Rows { static constexpr int count = N; };
+
+// Calls body(row, rows) for the rows of a block: four at a time where there is no mask, else one by one.
+template <bool MASKED, class F>
+RENORM_INLINE int64_t for_rows(const uint8_t* mask, int64_t begin, int64_t end, F&& body) {
+  int64_t row = begin, counted = 0;
+  if constexpr (!MASKED)
+    for (; row + 4 <= end; row += 4, counted += 4) body(row, Rows<4>{});
+  for (; row < end; ++row) {
+    if (MASKED && !mask[row]) continue;
+    body(row, Rows<1>{});
+    ++counted;
+  }
+  return counted;
+}
+
+// Moments of every column over the rows of a block, by sums of x less the column's mean over the block.
+template <class T, bool MASKED>
+void add_block(const Forward<T>& problem, const Region& region, int64_t begin, int64_t end, Accumulation<T>* scratch,
+               double* mean, double* m2, int64_t& count) {
+  using A = Accumulation<T>;
+  const int64_t width = region.width, stride = region.stride;
+  A *shift = scratch, *sums = scratch + width, *squares = scratch + 2 * width;
+  for (int64_t j = 0; j < 3 * width; ++j) scratch[j] = 0;
+  const T* x = problem.x + region.offset;
+  const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
+  const int64_t counted = for_rows<MASKED>(mask, begin, end, [&](int64_t row, auto rows) RENORM_LAMBDA {
+    const T* from = x + row * stride;
+    for_run<A>(width, [&](int64_t i, auto lanes) RENORM_LAMBDA {
+      Vector<A> sum = lanes.load(from + i);
+      for (int r = 1; r < rows.count; ++r) sum += lanes.load(from + r * stride + i);
+      lanes.store(shift + i, lanes.load(shift + i) + lanes.own(sum));
+    });
+  });
+  if (counted == 0) return;
+  const A inverse = A(1) / A(counted);
+  for (int64_t j = 0; j < width; ++j) shift[j] *= inverse;
+  for_rows<MASKED>(mask, begin, end, [&](int64_t row, auto rows) RENORM_LAMBDA {
+    const T* from = x + row * stride;
+    for_run<A>(width, [&](int64_t i, auto lanes) RENORM_LAMBDA {
+      const Vector<A> shifts = lanes.load(shift + i);
+      Vector<A> sum{}, square{};
+      for (int r = 0; r < rows.count; ++r) {
+        const Vector<A> value = lanes.load(from + r * stride + i) - shifts;
+        sum += value;
+        square += value * value;
+      }
+      lanes.store(sums + i, lanes.load(sums + i) + lanes.own(sum));
+      lanes.store(squares + i, lanes.load(squares + i) + lanes.own(square));
+    });
+  });
+  const double each = 1.0 / counted, share = double(counted) / double(count + counted), before = double(count);
+  for (int64_t j = 0; j < width; ++j) {
+    const double drift = sums[j] * each, delta = shift[j] + drift - mean[j];
+    m2[j] += squares[j] - sums[j] * drift + delta * delta * before * share;
+    mean[j] += delta * share;
+  }
+  count += counted;
+}
+
+// The moments of the region's channels from those of its columns, which all have the same count.
+template <class T>
+void merge_columns(const Forward<T>& problem, const Region& region, const double* mean, const double* m2,
+                   int64_t count, Moments* channels) {
+  const int64_t columns = region.columns_per_channel();
+  const int64_t step = region.cyclic ? region.channels : 1, apart = region.cyclic ? 1 : columns;
+  const double each = 1.0 / columns;
+  for (int64_t c = 0; c < region.channels; ++c) {
+    const double *means = mean + c * apart, *m2s = m2 + c * apart;
+    Moments total{0, 0, double(count * columns)};
+    for (int64_t i = 0; i < columns; ++i) total.mean += means[i * step] * each;
+    for (int64_t i = 0; i < columns; ++i) {
+      const double delta = means[i * step] - total.mean;
+      total.m2 += m2s[i * step] + count * delta * delta;
+    }
+    channels[c] = total;
+  }
+  Buffer<Accumulation<T>> last(region.leftover + kFloats);
+  for_run<Accumulation<T>>(region.leftover, [&](int64_t i, auto lanes) RENORM_LAMBDA {
+    lanes.store(last.data + i, lanes.load(problem.x + region.offset + region.rows * region.stride + i));
+  });
+  for (int64_t j = 0; j < region.leftover; ++j) channels[j % region.channels].merge(last[j], 0, 1);
+}
+
+template <class T, bool MASKED>
+void region_moments(const Forward<T>& problem, const Parallel& parallel, const Region& region, Moments* channels) {
+  const int64_t width = region.width, segments = region.segments();
+  Buffer<double> columns((segments + 1) * 2 * width);
+  Buffer<int64_t> counts(segments + 1);
+  for_pieces(parallel, segments, region.elements(), false, [&](int64_t segment) {
+    Buffer<Accumulation<T>> scratch(3 * width);
+    double* mean = columns.data + segment * 2 * width;
+    for (int64_t j = 0; j < 2 * width; ++j) mean[j] = 0;
+    int64_t count = 0;
+    const int64_t end = region.segment_end(segment), size = region.block_rows();
+    for (int64_t row = segment * region.segment_rows(); row < end; row += size)
+      add_block<T, MASKED>(problem, region, row, row + size < end ? row + size : end, scratch.data, mean, mean + width,
+                           count);
+    counts[segment] = count;
+  });
+  double *mean = columns.data, *m2 = mean + width;
+  int64_t count = segments ? counts[0] : 0;
+  if (segments == 0)
+    for (int64_t j = 0; j < 2 * width; ++j) mean[j] = 0;
+  for (int64_t segment = 1; segment < segments; ++segment) {
+    if (counts[segment] == 0) continue;
+    const double *next = columns.data + segment * 2 * width;
+    const double share = double(counts[segment]) / double(count + counts[segment]), before = double(count);
+    for (int64_t j = 0; j < width; ++j) {
+      const double delta = next[j] - mean[j];
+      mean[j] += delta * share;
+      m2[j] += next[width + j] + delta * delta * before * share;
+    }
+    count += counts[segment];
+  }
+  merge_columns(problem, region, mean, m2, count, channels);
+}
+
+// One number per column from one per channel; the channels' own where there is one column for each.
+template <class A>
+struct Spread {
+  Buffer<A> buffer;
+  const A* values;
+  Spread(const Region& region, const A* channels) : buffer(region.width + 1), values(channels) {
+    const int64_t columns = region.columns_per_channel();
+    if (columns == 1) return;
+    values = buffer.data;
+    if (region.cyclic) {
+      for (int64_t i = 0; i < columns; ++i)
+        __builtin_memcpy(buffer.data + i * region.channels, channels, region.channels * sizeof(A));
+      return;
+    }
+    for (int64_t c = 0; c < region.channels; ++c)
+      for (int64_t i = 0; i < columns; ++i) buffer[c * columns + i] = channels[c];
+  }
+};
+
+template <class A>
+struct SpreadAffine {
+  Spread<A> center, scale, offset;
+  SpreadAffine(const Coefficients<A>& c, const Region& region, int64_t at)
+      : center(region, c.center + at), scale(region, c.scale + at), offset(region, c.offset + at) {}
+  Affine<A, Each> affine() const { return {{center.values}, {scale.values}, {offset.values}}; }
+};
+
+// body(offset of the row, columns, row) for every row of the region: the last block first, but a block's rows in order,
+// as prefetching wants them
+template <class F>
+RENORM_INLINE void for_rows_in_reverse(const Parallel& parallel, const Region& region, F&& body) {
+  if (region.leftover) body(region.offset + region.rows * region.stride, region.leftover, region.rows);
+  for_pieces(parallel, region.segments(), region.elements(), true, [&](int64_t segment) {
+    const int64_t first = segment * region.segment_rows(), size = region.block_rows();
+    for (int64_t end = region.segment_end(segment); end > first;) {
+      const int64_t begin = first + (end - 1 - first) / size * size;
+      for (int64_t row = begin; row < end; ++row) body(region.offset + row * region.stride, region.width, row);
+      end = begin;
+    }
+  });
+}
+
+template <class T, class ACT, bool MASKED>
+void apply_region(const Forward<T>& problem, const Parallel& parallel, const Region& region, int64_t g) {
+  using A = Accumulation<T>;
+  const SpreadAffine<A> spread(problem.coefficients, region, g * problem.shape.channels + region.first_channel);
+  const Affine<A, Each> affine = spread.affine();
+  const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
+  for_rows_in_reverse(parallel, region, [&](int64_t at, int64_t width, int64_t row) RENORM_LAMBDA {
+    if (MASKED && !mask[row]) {
+      __builtin_memset(problem.y + at, 0, width * sizeof(T));
+      return;
+    }
+    apply_run<T, ACT, false>(problem, at, 0, width, affine);
+  });
+}
+
+template <class T, class ACT, bool MASKED>
+void forward_region(const Forward<T>& problem, const Parallel& parallel, int64_t g, const Region& region) {
+  const int64_t k = problem.shape.channels_per_group, first = region.first_channel / k;
+  Buffer<Moments> channels(region.channels);
+  const bool measured = problem.rule.source != Source::running;
+  if (measured) region_moments<T, MASKED>(problem, parallel, region, channels.data);
+  for (int64_t j = 0; j < region.channels / k; ++j)
+    settle(problem, g, first + j, measured ? channels.data + j * k : nullptr);
+  apply_region<T, ACT, MASKED>(problem, parallel, region, g);
+}
+
+// Adds the block's sums of every column to `sums`, three rows of the region's width.
+template <class T, class ACT, bool MASKED>
+void add_block(const Backward<T>& problem, const Region& region, int64_t begin, int64_t end,
+               const Affine<Accumulation<T>, Each> affine, int64_t width, Accumulation<T>* scratch, double* sums) {
+  using A = Accumulation<T>;
+  for (int64_t j = 0; j < 3 * region.width; ++j) scratch[j] = 0;
+  const int64_t stride = region.stride;
+  A *gradient = scratch, *centered = scratch + region.width, *product = scratch + 2 * region.width;
+  const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
+  for_rows<MASKED>(mask, begin, end, [&](int64_t row, auto rows) RENORM_LAMBDA {
+    const Streams<T, ACT, false> streams(problem, region.offset + row * stride, 0);
+    for_run<A>(width, [&](int64_t i, auto lanes) RENORM_LAMBDA {
+      Vector<A> sum[3] = {};
+      for (int r = 0; r < rows.count; ++r) {
+        const Pair<A> pair = streams.pair_at(r * stride + i, i, lanes, affine);
+        sum[0] += pair.gradient;
+        sum[1] += pair.centered;
+        sum[2] += pair.gradient * pair.centered;
+      }
+      lanes.store(gradient + i, lanes.load(gradient + i) + lanes.own(sum[0]));
+      lanes.store(centered + i, lanes.load(centered + i) + lanes.own(sum[1]));
+      lanes.store(product + i, lanes.load(product + i) + lanes.own(sum[2]));
+    });
+  });
+  for (int64_t j = 0; j < 3 * region.width; ++j) sums[j] += scratch[j];
+}
+
+template <class T, class ACT, bool MASKED>
+void region_sums(const Backward<T>& problem, const Parallel& parallel, const Region& region,
+                 const Affine<Accumulation<T>, Each>& affine, Sums* channels) {
+  const int64_t width = region.width, segments = region.segments(), pieces = segments + 1;
+  Buffer<double> columns(pieces * 3 * width);
+  for (int64_t j = 0; j < pieces * 3 * width; ++j) columns[j] = 0;
+  for_pieces(parallel, segments, region.elements(), false, [&](int64_t segment) {
+    Buffer<Accumulation<T>> scratch(3 * width);
+    const int64_t end = region.segment_end(segment), size = region.block_rows();
+    for (int64_t row = segment * region.segment_rows(); row < end; row += size)
+      add_block<T, ACT, MASKED>(problem, region, row, row + size < end ? row + size : end, affine, width, scratch.data,
+                                columns.data + segment * 3 * width);
+  });
+  if (region.leftover) {
+    Buffer<Accumulation<T>> scratch(3 * width);
+    add_block<T, ACT, false>(problem, region, region.rows, region.rows + 1, affine, region.leftover, scratch.data,
+                             columns.data + segments * 3 * width);
+  }
+  for (int64_t piece = 1; piece < pieces; ++piece)
+    for (int64_t j = 0; j < 3 * width; ++j) columns[j] += columns[piece * 3 * width + j];
+  for (int64_t c = 0; c < region.channels; ++c) channels[c] = {};
+  for (int64_t j = 0; j < width; ++j) {
+    Sums& channel = channels[region.channel_of(j)];
+    channel.gradient += columns[j];
+    channel.centered += columns[width + j];
+    channel.product += columns[2 * width + j];
+  }
+}
+
+template <class T, class ACT, bool MASKED>
+void backward_region(const Backward<T>& problem, const Parallel& parallel, int64_t g, const Region& region,
+                     double* dweight, double* dbias) {
+  using A = Accumulation<T>;
+  const int64_t k = problem.shape.channels_per_group, first = region.first_channel, count = region.channels;
+  const SpreadAffine<A> spread(problem.coefficients, region, g * problem.shape.channels + first);
+  const Affine<A, Each> affine = spread.affine();
+  Buffer<Sums> sums(count);
+  region_sums<T, ACT, MASKED>(problem, parallel, region, affine, sums.data);
+  Buffer<Slopes<A>> slopes(count);
+  for (int64_t c = 0; c < count; c += k)
+    settle(problem, g, (first + c) / k, sums.data + c, slopes.data + c, dweight + first + c, dbias + first + c);
+  Buffer<A> rows(3 * count);
+  for (int64_t c = 0; c < count; ++c) {
+    rows[c] = slopes[c].gradient;
+    rows[count + c] = slopes[c].centered;
+    rows[2 * count + c] = slopes[c].constant;
+  }
+  const Spread<A> gradient(region, rows.data), centered(region, rows.data + count),
+      constant(region, rows.data + 2 * count);
+  const SlopesOf<A, Each> slope{{gradient.values}, {centered.values}, {constant.values}};
+  const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
+  for_rows_in_reverse(parallel, region, [&](int64_t at, int64_t width, int64_t row) RENORM_LAMBDA {
+    if (MASKED && !mask[row]) {
+      __builtin_memset(problem.dx + at, 0, width * sizeof(T));
+      if (problem.dresidual) __builtin_memset(problem.dresidual + at, 0, width * sizeof(T));
+      return;
+    }
+    differentiate_run<T, ACT, false>(problem, at, 0, width, affine, slope);
+  });
+}
+
+}  // namespace RENORM_ISA
+}  // namespace renorm

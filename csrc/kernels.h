@@ -1,0 +1,110 @@
+// The entry points of one instruction set. Included by kernels_*.cpp once the compiler is told which.
+
+#define RENORM_LAMBDA __attribute__((always_inline))
+
+#include "vector.h"
+
+#include "activation.h"
+#include "pass.h"
+
+#include "planar.h"
+
+#include "columnar.h"
+
+namespace renorm {
+namespace RENORM_ISA {
+
+// Planes shorter than this are taken several channels at once, if there are examples enough to fill the columns.
+constexpr int64_t kShortPlane = 64, kFewExamples = 4;
+
+inline bool has_short_planes(const Shape& shape, bool masked) {
+  const int64_t first_group = shape.group_end(0);
+  return !masked && shape.positions < kShortPlane && first_group >= kFewExamples;
+}
+
+inline int64_t panels(const Shape& shape) {
+  const int64_t width = channels_per_panel(shape);
+  return (shape.channels + width - 1) / width;
+}
+
+inline int64_t elements(const Shape& shape) { return shape.examples * shape.channels * shape.positions; }
+
+template <class T, class ACT, bool MASKED>
+void run(const Forward<T>& problem) {
+  const Shape& shape = problem.shape;
+  if (shape.channels_last) {
+    for_units(problem.parallel, shape.groups(), elements(shape), [&](int64_t g, const Parallel& parallel) {
+      forward_region<T, ACT, MASKED>(problem, parallel, g, rows_of_positions(shape, g, MASKED));
+    });
+    return;
+  }
+  if (has_short_planes(shape, MASKED)) {
+    const int64_t count = panels(shape);
+    for_units(problem.parallel, shape.groups() * count, elements(shape), [&](int64_t unit, const Parallel& parallel) {
+      forward_region<T, ACT, false>(problem, parallel, unit / count, rows_of_examples(shape, unit / count, unit % count));
+    });
+    return;
+  }
+  const int64_t count = shape.channel_groups();
+  for_units(problem.parallel, shape.groups() * count, elements(shape), [&](int64_t unit, const Parallel& parallel) {
+    forward_planar_unit<T, ACT, MASKED>(problem, parallel, unit / count, unit % count);
+  });
+}
+
+template <class T, class ACT, bool MASKED>
+void run(const Backward<T>& problem) {
+  const Shape& shape = problem.shape;
+  const int64_t groups = shape.groups(), channels = shape.channels;
+  Buffer<double> gradients(2 * groups * channels);  // of weight and bias, for every group
+  const auto dweight = [&](int64_t g) { return gradients.data + g * channels; };
+  const auto dbias = [&](int64_t g) { return gradients.data + (groups + g) * channels; };
+  if (shape.channels_last) {
+    for_units(problem.parallel, groups, elements(shape), [&](int64_t g, const Parallel& parallel) {
+      backward_region<T, ACT, MASKED>(problem, parallel, g, rows_of_positions(shape, g, MASKED), dweight(g), dbias(g));
+    });
+  } else if (has_short_planes(shape, MASKED)) {
+    const int64_t count = panels(shape);
+    for_units(problem.parallel, groups * count, elements(shape), [&](int64_t unit, const Parallel& parallel) {
+      const int64_t g = unit / count;
+      backward_region<T, ACT, false>(problem, parallel, g, rows_of_examples(shape, g, unit % count), dweight(g), dbias(g));
+    });
+  } else {
+    const int64_t count = shape.channel_groups();
+    for_units(problem.parallel, groups * count, elements(shape), [&](int64_t unit, const Parallel& parallel) {
+      const int64_t g = unit / count;
+      backward_planar_unit<T, ACT, MASKED>(problem, parallel, g, unit % count, dweight(g), dbias(g));
+    });
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    double weight = 0, bias = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      weight += dweight(g)[c];
+      bias += dbias(g)[c];
+    }
+    problem.dweight[c] = weight;
+    problem.dbias[c] = bias;
+  }
+}
+
+template <class P, class ACT>
+void with_act(const P& problem) {
+  return problem.mask ? run<typename P::Element, ACT, true>(problem) : run<typename P::Element, ACT, false>(problem);
+}
+
+template <class P>
+void run(const P& problem) {
+  if (problem.act == Act::none) return with_act<P, Fixed<Act::none>>(problem);
+  if (problem.act == Act::relu) return with_act<P, Fixed<Act::relu>>(problem);
+  return with_act<P, Other>(problem);
+}
+
+#define RENORM_INSTANTIATE(T)              \
+  template void run(const Forward<T>&);    \
+  template void run(const Backward<T>&);
+RENORM_INSTANTIATE(float)
+RENORM_INSTANTIATE(double)
+RENORM_INSTANTIATE(BFloat16)
+RENORM_INSTANTIATE(Float16)
+
+}  // namespace RENORM_ISA
+}  // namespace renorm

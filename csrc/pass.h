@@ -1,0 +1,146 @@
+// What both layouts share: the two passes over a run of elements, and how work is divided.
+
+namespace renorm {
+namespace RENORM_ISA {
+
+// Coefficients of a run: the same for all its elements, or one per element.
+template <class A>
+struct Same {
+  Vector<A> value;
+  explicit Same(A number) : value(broadcast(number)) {}
+  template <class L> RENORM_INLINE Vector<A> at(int64_t, const L&) const { return value; }
+};
+template <class A>
+struct Each {
+  const A* values;
+  template <class L> RENORM_INLINE Vector<A> at(int64_t i, const L& lanes) const { return lanes.load(values + i); }
+};
+
+template <class A, template <class> class C>
+struct Affine {
+  C<A> center, scale, offset;
+};
+
+inline bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % RENORM_VECTOR_BYTES == 0; }
+
+// y = act((x - center) * scale + offset + residual), 0 where the mask is false
+template <class T, class ACT, bool MASKED, template <class> class C>
+RENORM_INLINE void apply_run(const Forward<T>& problem, int64_t at, int64_t mask_at, int64_t length,
+                             const Affine<Accumulation<T>, C> affine) {
+  using A = Accumulation<T>;
+  const ACT act(problem.act);
+  const uint8_t* mask = MASKED ? problem.mask + mask_at : nullptr;
+  const T *x = problem.x + at, *residual = problem.residual ? problem.residual + at : nullptr;
+  T* y = problem.y + at;
+  const bool past_cache = problem.past_cache && is_aligned(y);
+  for_run<A>(length, [&](int64_t i, auto lanes) RENORM_LAMBDA {
+    Vector<A> z = (lanes.load(x + i) - affine.center.at(i, lanes)) * affine.scale.at(i, lanes);
+    z += affine.offset.at(i, lanes);
+    if (residual) z += lanes.load(residual + i);
+    z = activate<A>(act.get(), z);
+    if constexpr (MASKED) z = lanes.load_mask(mask + i) ? z : Vector<A>{};
+    lanes.store(y + i, z, past_cache);
+  });
+}
+
+// The gradient before the activation, and x - center, of one vector.
+template <class A>
+struct Pair {
+  Vector<A> gradient, centered;
+};
+
+// What the backward reads. A copy on the stack: through the problem the compiler would fetch the pointers again after
+// every store.
+template <class T, class ACT, bool MASKED>
+struct Streams {
+  using A = Accumulation<T>;
+  const T *dy, *x, *y, *residual;
+  const uint8_t* mask;
+  ACT act;
+
+  RENORM_INLINE Streams(const Backward<T>& problem, int64_t at, int64_t mask_at)
+      : dy(problem.dy + at), x(problem.x + at), y(problem.y ? problem.y + at : nullptr),
+        residual(problem.residual ? problem.residual + at : nullptr),
+        mask(MASKED ? problem.mask + mask_at : nullptr), act(problem.act) {}
+
+  template <template <class> class C, class L>
+  RENORM_INLINE Pair<A> pair_at(int64_t i, const L& lanes, const Affine<A, C>& affine) const {
+    return pair_at(i, i, lanes, affine);
+  }
+
+  // Element i, by the coefficients of column j.
+  template <template <class> class C, class L>
+  RENORM_INLINE Pair<A> pair_at(int64_t i, int64_t j, const L& lanes, const Affine<A, C>& affine) const {
+    Vector<A> g = lanes.load(dy + i), centered = lanes.load(x + i) - affine.center.at(j, lanes);
+    if constexpr (!ACT::is_none) {
+      Vector<A> z;
+      if (y) {
+        z = lanes.load(y + i);
+      } else {
+        z = centered * affine.scale.at(j, lanes);
+        z += affine.offset.at(j, lanes);
+        if (residual) z += lanes.load(residual + i);
+      }
+      g = backpropagate<A>(act.get(), g, z);
+    }
+    if constexpr (MASKED) {
+      const Mask<A> counted = lanes.load_mask(mask + i);
+      g = counted ? g : Vector<A>{};
+      centered = counted ? centered : Vector<A>{};
+    }
+    return {g, centered};
+  }
+};
+
+template <class A, template <class> class C>
+struct SlopesOf {
+  C<A> gradient, centered, constant;
+};
+
+// dx = g * slopes.gradient + (x - center) * slopes.centered + slopes.constant, and dresidual = g
+template <class T, class ACT, bool MASKED, template <class> class C>
+RENORM_INLINE void differentiate_run(const Backward<T>& problem, int64_t at, int64_t mask_at, int64_t length,
+                                     const Affine<Accumulation<T>, C> affine,
+                                     const SlopesOf<Accumulation<T>, C> slopes) {
+  using A = Accumulation<T>;
+  const Streams<T, ACT, MASKED> streams(problem, at, mask_at);
+  T *dx = problem.dx + at, *dresidual = problem.dresidual ? problem.dresidual + at : nullptr;
+  const bool past_cache = problem.past_cache && is_aligned(dx);
+  for_run<A>(length, [&](int64_t i, auto lanes) RENORM_LAMBDA {
+    const Pair<A> pair = streams.pair_at(i, lanes, affine);
+    Vector<A> value = pair.centered * slopes.centered.at(i, lanes) + slopes.constant.at(i, lanes);
+    value += pair.gradient * slopes.gradient.at(i, lanes);
+    if constexpr (MASKED) value = lanes.load_mask(streams.mask + i) ? value : Vector<A>{};
+    lanes.store(dx + i, value, past_cache);
+    if (dresidual) lanes.store(dresidual + i, pair.gradient);
+  });
+}
+
+constexpr int64_t kGrain = 32768;  // elements; less is not worth another thread (at::internal::GRAIN_SIZE)
+
+// Units in parallel, each by one thread, so that a unit stays in its cache; or, where there are too few, one after
+// another by all threads. What a unit computes does not depend on which: body(unit, parallel).
+template <class F>
+void for_units(const Parallel& parallel, int64_t units, int64_t elements, F&& body) {
+  const int64_t size = elements / units + 1;
+  if (units < parallel.threads && size > 2 * kGrain) {
+    for (int64_t unit = 0; unit < units; ++unit) body(unit, parallel);
+    return;
+  }
+  auto several = [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) body(unit, Parallel{nullptr, 1});
+  };
+  parallel_for(parallel, units, (kGrain + size - 1) / size, several);
+}
+
+// The pieces of a unit, in order or in reverse: a second pass then begins with what the first left in the cache.
+template <class F>
+void for_pieces(const Parallel& parallel, int64_t pieces, int64_t elements, bool reverse, F&& body) {
+  auto several = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(reverse ? end - 1 - (i - begin) : i);
+  };
+  parallel_for(parallel, pieces, (kGrain * pieces + elements - 1) / elements, several);
+}
+
+}  // namespace RENORM_ISA
+}  // namespace renorm

@@ -1,0 +1,280 @@
+// The operations as torch sees them. Through the stable ABI alone, so that one build serves every torch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "dispatch.h"
+#include "tracking.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+template <class T> constexpr ScalarType kType = ScalarType::Float;
+template <> constexpr ScalarType kType<double> = ScalarType::Double;
+
+renorm::Act act_of(const std::string& name) {
+  using renorm::Act;
+  if (name == "none") return Act::none;
+  if (name == "relu") return Act::relu;
+  if (name == "relu6") return Act::relu6;
+  if (name == "leaky_relu") return Act::leaky_relu;
+  if (name == "silu") return Act::silu;
+  if (name == "gelu") return Act::gelu;
+  STD_TORCH_CHECK(false, "act must be none, relu, relu6, leaky_relu, silu or gelu, got ", name);
+}
+
+bool past_cache(const Tensor& x) { static const double t = getenv("RST") ? atof(getenv("RST")) : 1e18; return x.numel() * x.element_size() > t; }
+
+renorm::Parallel torch_threads() {
+  return {[](int64_t begin, int64_t end, int64_t grain, renorm::Parallel::Task task, void* context) {
+            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, task, context));
+          },
+          torch::stable::get_num_threads()};
+}
+
+// Whether memory holds x densely in the given order of dimensions; the strides of a size of 1 do not matter.
+bool is_dense(const Tensor& x, bool channels_last) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  const int64_t rank = x.dim();
+  int64_t step = 1;
+  const auto next = [&](int64_t dim) {
+    if (sizes[dim] != 1 && strides[dim] != step) return false;
+    step *= sizes[dim];
+    return true;
+  };
+  if (channels_last && !next(1)) return false;
+  for (int64_t dim = rank - 1; dim > 1; --dim)
+    if (!next(dim)) return false;
+  return (channels_last || next(1)) && next(0);
+}
+
+struct Dense {
+  Tensor tensor;
+  bool channels_last;
+};
+
+// x itself, or a contiguous copy. Without positions, (N, C), both layouts are the same, and columns the better view.
+Dense dense(const Tensor& x) {
+  if (is_dense(x, true)) return {x, true};
+  if (is_dense(x, false)) return {x, false};
+  const Tensor copy = torch::stable::contiguous(x);
+  return {copy, is_dense(copy, true)};
+}
+
+// The tensor in the memory layout of `like`.
+Tensor laid_out_as(const Dense& like, const Tensor& tensor) {
+  if (is_dense(tensor, like.channels_last)) return tensor;
+  Tensor copy = torch::stable::empty_like(like.tensor);
+  return torch::stable::copy_(copy, tensor);
+}
+
+renorm::Shape shape_of(const Dense& x, std::optional<int64_t> examples_per_group, int64_t channels_per_group) {
+  const auto sizes = x.tensor.sizes();
+  int64_t positions = 1;
+  for (int64_t dim = 2; dim < x.tensor.dim(); ++dim) positions *= sizes[dim];
+  return {sizes[0], sizes[1], positions, x.channels_last, examples_per_group.value_or(sizes[0]), channels_per_group};
+}
+
+// Per-channel numbers as the kernels want them, kept alive by this object.
+template <class A>
+class Numbers {
+ public:
+  explicit Numbers(const Optional& tensor) {
+    if (!tensor) return;
+    tensor_ = tensor->scalar_type() == kType<A> ? *tensor : torch::stable::to(*tensor, kType<A>);
+    if (!tensor_->is_contiguous()) tensor_ = torch::stable::contiguous(*tensor_);
+    data_ = static_cast<const A*>(tensor_->const_data_ptr());
+  }
+  const A* data() const { return data_; }
+
+ private:
+  Optional tensor_;
+  const A* data_ = nullptr;
+};
+
+double number(const Optional& tensor, double otherwise) {
+  if (!tensor) return otherwise;
+  if (tensor->scalar_type() == ScalarType::Double) return *static_cast<const double*>(tensor->const_data_ptr());
+  if (tensor->scalar_type() == ScalarType::Float) return *static_cast<const float*>(tensor->const_data_ptr());
+  return *static_cast<const double*>(torch::stable::to(*tensor, ScalarType::Double).const_data_ptr());
+}
+
+template <class T>
+const T* data_of(const Optional& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+template <class T>
+T* mutable_data_of(const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); }
+
+template <class F>
+auto with_element(ScalarType type, F&& body) {
+  switch (type) {
+    case ScalarType::Float: return body(float{});
+    case ScalarType::Double: return body(double{});
+    case ScalarType::BFloat16: return body(renorm::BFloat16{});
+    case ScalarType::Half: return body(renorm::Float16{});
+    default: STD_TORCH_CHECK(false, "x must be float32, float64, bfloat16 or float16");
+  }
+}
+
+Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
+    const Tensor& x, const Optional& weight, const Optional& bias, const Optional& mask, const Optional& residual,
+    const Optional& running_mean, const Optional& running_var, const Optional& r_max, const Optional& d_max,
+    const Optional& r, const Optional& d, std::optional<int64_t> examples_per_group, int64_t channels_per_group,
+    double eps, std::string act) {
+  return with_element(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using A = renorm::Accumulation<T>;
+    const Dense input = dense(x);
+    const renorm::Shape shape = shape_of(input, examples_per_group, channels_per_group);
+    const int64_t groups = shape.groups(), channels = shape.channels;
+    const Numbers<A> weights(weight), biases(bias), means(running_mean), vars(running_var), rs(r), ds(d);
+    const Optional added = residual ? Optional(laid_out_as(input, *residual)) : std::nullopt;
+    const Optional counted = mask ? Optional(torch::stable::contiguous(*mask)) : std::nullopt;
+    const Tensor y = torch::stable::empty_like(input.tensor);
+    const Tensor mean = empty(x, {groups, channels}, kType<A>), var = empty(x, {groups, channels}, kType<A>);
+    const Tensor count = empty(x, {groups, 1}, kType<A>);
+    const Tensor coefficients = empty(x, {renorm::Coefficients<A>::rows, groups, channels}, kType<A>);
+    const renorm::Source source = rs.data()      ? renorm::Source::given
+                                  : means.data() ? renorm::Source::renorm
+                                                 : renorm::Source::batch;
+    renorm::run(renorm::Forward<T>{
+        torch_threads(), shape, act_of(act), past_cache(x),
+        {source, weights.data(), biases.data(), means.data(), vars.data(), rs.data(), ds.data(), number(r_max, 1),
+         number(d_max, 0), 0, eps},
+        static_cast<const T*>(input.tensor.const_data_ptr()), data_of<T>(added), data_of<uint8_t>(counted),
+        mutable_data_of<T>(y), mutable_data_of<A>(mean), mutable_data_of<A>(var), mutable_data_of<A>(count),
+        {mutable_data_of<A>(coefficients), groups * channels}});
+    return std::make_tuple(y, mean, var, count, coefficients);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_backward(
+    const Tensor& dy, const Tensor& x, const Optional& weight, const Optional& mask, const Optional& residual,
+    const Optional& y, const Tensor& count, const Tensor& coefficients, std::optional<int64_t> examples_per_group,
+    int64_t channels_per_group, std::string act, bool wants_residual) {
+  return with_element(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using A = renorm::Accumulation<T>;
+    const Dense input = dense(x);
+    const renorm::Shape shape = shape_of(input, examples_per_group, channels_per_group);
+    const Numbers<A> weights(weight);
+    const Tensor gradient = laid_out_as(input, dy);
+    const Optional added = residual ? Optional(laid_out_as(input, *residual)) : std::nullopt;
+    const Optional output = y ? Optional(laid_out_as(input, *y)) : std::nullopt;
+    const Optional counted = mask ? Optional(torch::stable::contiguous(*mask)) : std::nullopt;
+    const Tensor dx = torch::stable::empty_like(input.tensor);
+    const Tensor dresidual = wants_residual ? torch::stable::empty_like(input.tensor) : empty(x, {0}, x.scalar_type());
+    const Tensor dweight = empty(x, {shape.channels}, kType<A>), dbias = empty(x, {shape.channels}, kType<A>);
+    renorm::run(renorm::Backward<T>{
+        torch_threads(), shape, act_of(act), past_cache(x), weights.data(), static_cast<const A*>(count.const_data_ptr()),
+        static_cast<const T*>(gradient.const_data_ptr()), static_cast<const T*>(input.tensor.const_data_ptr()),
+        data_of<T>(added), data_of<T>(output), data_of<uint8_t>(counted), mutable_data_of<T>(dx),
+        wants_residual ? mutable_data_of<T>(dresidual) : nullptr, mutable_data_of<A>(dweight),
+        mutable_data_of<A>(dbias),
+        {static_cast<A*>(const_cast<void*>(coefficients.const_data_ptr())), shape.groups() * shape.channels}});
+    return std::make_tuple(dx, dweight, dbias, dresidual);
+  });
+}
+
+Tensor evaluate(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& mask,
+                const Optional& residual, const Tensor& running_mean, const Tensor& running_var, double example_weight,
+                int64_t channels_per_group, double eps, std::string act) {
+  return with_element(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using A = renorm::Accumulation<T>;
+    const Dense input = dense(x);
+    const bool weighed = example_weight > 0;
+    const renorm::Shape shape = shape_of(input, weighed ? 1 : x.size(0), channels_per_group);
+    const Numbers<A> weights(weight), biases(bias), means(running_mean), vars(running_var);
+    const Optional added = residual ? Optional(laid_out_as(input, *residual)) : std::nullopt;
+    const Optional counted = mask ? Optional(torch::stable::contiguous(*mask)) : std::nullopt;
+    const Tensor y = torch::stable::empty_like(input.tensor);
+    std::vector<A> coefficients(renorm::Coefficients<A>::rows * shape.groups() * shape.channels);
+    renorm::run(renorm::Forward<T>{
+        torch_threads(), shape, act_of(act), past_cache(x),
+        {weighed ? renorm::Source::weighed : renorm::Source::running, weights.data(), biases.data(), means.data(),
+         vars.data(), nullptr, nullptr, 1, 0, example_weight, eps},
+        static_cast<const T*>(input.tensor.const_data_ptr()), data_of<T>(added), data_of<uint8_t>(counted),
+        mutable_data_of<T>(y), nullptr, nullptr, nullptr, {coefficients.data(), shape.groups() * shape.channels}});
+    return y;
+  });
+}
+
+renorm::Tracking tracking_of(const std::string& name) {
+  if (name == "std") return renorm::Tracking::std;
+  if (name == "var") return renorm::Tracking::var;
+  STD_TORCH_CHECK(name == "total", "tracking must be std, var or total, got ", name);
+  return renorm::Tracking::total;
+}
+
+template <class A>
+void track_as(const Tensor& running_mean, const Tensor& running_var, const Tensor& steps, const Tensor& skipped,
+              const Tensor& mean, const Tensor& var, const Tensor& count, const std::string& tracking, double momentum,
+              int64_t channels_per_group, double eps) {
+  renorm::track<A>(
+      {mutable_data_of<A>(running_mean), mutable_data_of<A>(running_var), mutable_data_of<int64_t>(steps),
+       mutable_data_of<int64_t>(skipped)},
+      {data_of<A>(mean), data_of<A>(var), data_of<A>(count), mean.size(0), mean.size(1)}, tracking_of(tracking),
+      momentum, channels_per_group, eps);
+}
+
+void track(Tensor running_mean, Tensor running_var, Tensor steps, Tensor skipped, const Tensor& mean, const Tensor& var,
+           const Tensor& count, std::string tracking, std::optional<double> momentum, int64_t channels_per_group,
+           double eps) {
+  const auto run = running_mean.scalar_type() == ScalarType::Double ? track_as<double> : track_as<float>;
+  run(running_mean, running_var, steps, skipped, mean, var, count, tracking, momentum.value_or(-1), channels_per_group,
+      eps);
+}
+
+std::string instruction_set() {
+  switch (renorm::instruction_set()) {
+    case renorm::InstructionSet::avx512: return "avx512";
+    case renorm::InstructionSet::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(renorm, m) {
+  m.def(
+      "normalize(Tensor x, Tensor? weight, Tensor? bias, Tensor? mask, Tensor? residual, Tensor? running_mean, "
+      "Tensor? running_var, Tensor? r_max, Tensor? d_max, Tensor? r, Tensor? d, int? examples_per_group, "
+      "int channels_per_group, float eps, str act) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "normalize_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? mask, Tensor? residual, Tensor? y, Tensor count, "
+      "Tensor coefficients, int? examples_per_group, int channels_per_group, str act, bool wants_residual) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "evaluate(Tensor x, Tensor? weight, Tensor? bias, Tensor? mask, Tensor? residual, Tensor running_mean, "
+      "Tensor running_var, float example_weight, int channels_per_group, float eps, str act) -> Tensor");
+  m.def(
+      "track(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) steps, Tensor(d!) skipped, Tensor mean, "
+      "Tensor var, Tensor count, str tracking, float? momentum, int channels_per_group, float eps) -> ()");
+  m.def("instruction_set() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(renorm, CPU, m) {
+  m.impl("normalize", TORCH_BOX(&normalize));
+  m.impl("normalize_backward", TORCH_BOX(&normalize_backward));
+  m.impl("evaluate", TORCH_BOX(&evaluate));
+  m.impl("track", TORCH_BOX(&track));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(renorm, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&instruction_set));
+}

@@ -1,0 +1,27 @@
+// How the running statistics move. One call per layer and step; no vector code.
+#pragma once
+
+#include <cstdint>
+
+namespace renorm {
+
+enum class Tracking { std, var, total };
+
+template <class A>
+struct Running {
+  A *mean, *var;             // (C,)
+  int64_t *steps, *skipped;  // batches that counted, and that were left out as not finite
+};
+
+template <class A>
+struct Batch {
+  const A *mean, *var, *count;  // (G, C), (G, C), (G,)
+  int64_t groups, channels;
+};
+
+// Moves the statistics by one batch, by the rules of tracking.py. A momentum below 0 stands for the cumulative average.
+template <class A>
+void track(const Running<A>& running, const Batch<A>& batch, Tracking rule, double momentum, int64_t channels_per_group,
+           double eps);
+
+}  // namespace renorm

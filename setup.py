@@ -1,0 +1,50 @@
+"""Builds the C++ kernels where that is possible; without them the library works too, only slower on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    BuildExtension = None
+
+
+def without_kernels(reason: object) -> None:
+    print(f"renorm: installing without the C++ kernels, {reason}", file=sys.stderr)
+
+
+def sources() -> list[str]:
+    return sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+
+
+if BuildExtension is None:
+    without_kernels("torch is not in the build environment (pip install --no-build-isolation finds the one installed)")
+    setup()
+    sys.exit()
+
+
+class OptionalBuild(BuildExtension):
+    """A build whose failure leaves a library that works."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            without_kernels(f"they could not be built: {error}")
+
+
+kernels = CppExtension(
+    "renorm._kernels",
+    sources(),
+    # One build for every torch from 2.10 on, and every Python: it uses neither Python nor torch's C++ interface.
+    define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+    extra_link_args=["-s"],
+    extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized"],
+    py_limited_api=True,
+    optional=True,
+)
+setup(ext_modules=[kernels], cmdclass={"build_ext": OptionalBuild}, options={"bdist_wheel": {"py_limited_api": "cp311"}})

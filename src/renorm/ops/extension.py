@@ -1,0 +1,61 @@
+"""The C++ kernels, if they were built: loading them, and what they can take."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_PLAIN = (Tensor, nn.Parameter)  # subclasses bring operations of their own
+
+
+def _load() -> bool:
+    for path in (Path(__file__).parent.parent).glob("_kernels.*"):
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            warnings.warn(f"renorm runs without its C++ kernels, which do not load: {error}", stacklevel=2)
+            return False
+        return True
+    return False
+
+
+_loaded = _load()
+
+
+def available() -> bool:
+    """Whether the C++ kernels were built, and load.
+
+    Returns:
+        True if CPU tensors are normalized by them.
+    """
+    return _loaded
+
+
+def suits(x: Tensor) -> bool:
+    """Whether the kernels can take a tensor.
+
+    Args:
+        x: input of a normalization.
+
+    Returns:
+        True for a plain floating-point tensor on the CPU, if there are kernels.
+    """
+    if not _loaded or x.device.type != "cpu" or x.dtype not in _DTYPES:
+        return False
+    return type(x) in _PLAIN or torch.compiler.is_compiling()
+
+
+def suits_state(tensor: Tensor) -> bool:
+    """Whether the kernels can move a buffer in place.
+
+    Args:
+        tensor: running statistic or counter.
+
+    Returns:
+        True for a plain tensor on the CPU.
+    """
+    return type(tensor) in _PLAIN and tensor.device.type == "cpu"
