@@ -126,8 +126,22 @@ auto with_element(ScalarType type, F&& body) {
   }
 }
 
-Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
+// Through the shim, since the stable functions look their operation up by name, which takes longer than a small layer.
+Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t rank, ScalarType type) {
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes, strides, static_cast<int32_t>(type),
+                                                         aoti_torch_device_type_cpu(), 0, &tensor));
+  return Tensor(tensor);
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  int64_t strides[4], step = 1;
+  for (size_t i = sizes.size(); i-- > 0; step *= sizes.begin()[i]) strides[i] = step;
+  return empty(sizes.begin(), strides, sizes.size(), type);
+}
+
+Tensor empty_like(const Dense& x) {
+  return empty(x.tensor.sizes().data(), x.tensor.strides().data(), x.tensor.dim(), x.tensor.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
@@ -144,10 +158,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
     const Numbers<A> weights(weight), biases(bias), means(running_mean), vars(running_var), rs(r), ds(d);
     const Optional added = residual ? Optional(laid_out_as(input, *residual)) : std::nullopt;
     const Optional counted = mask ? Optional(torch::stable::contiguous(*mask)) : std::nullopt;
-    const Tensor y = torch::stable::empty_like(input.tensor);
-    const Tensor mean = empty(x, {groups, channels}, kType<A>), var = empty(x, {groups, channels}, kType<A>);
-    const Tensor count = empty(x, {groups, 1}, kType<A>);
-    const Tensor coefficients = empty(x, {renorm::Coefficients<A>::rows, groups, channels}, kType<A>);
+    const Tensor y = empty_like(input);
+    const Tensor mean = empty({groups, channels}, kType<A>), var = empty({groups, channels}, kType<A>);
+    const Tensor count = empty({groups, 1}, kType<A>);
+    const Tensor coefficients = empty({renorm::Coefficients<A>::rows, groups, channels}, kType<A>);
     const renorm::Source source = rs.data()      ? renorm::Source::given
                                   : means.data() ? renorm::Source::renorm
                                                  : renorm::Source::batch;
@@ -176,9 +190,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_backward(
     const Optional added = residual ? Optional(laid_out_as(input, *residual)) : std::nullopt;
     const Optional output = y ? Optional(laid_out_as(input, *y)) : std::nullopt;
     const Optional counted = mask ? Optional(torch::stable::contiguous(*mask)) : std::nullopt;
-    const Tensor dx = torch::stable::empty_like(input.tensor);
-    const Tensor dresidual = wants_residual ? torch::stable::empty_like(input.tensor) : empty(x, {0}, x.scalar_type());
-    const Tensor dweight = empty(x, {shape.channels}, kType<A>), dbias = empty(x, {shape.channels}, kType<A>);
+    const Tensor dx = empty_like(input);
+    const Tensor dresidual = wants_residual ? empty_like(input) : empty({0}, x.scalar_type());
+    const Tensor dweight = empty({shape.channels}, kType<A>), dbias = empty({shape.channels}, kType<A>);
     renorm::run(renorm::Backward<T>{
         torch_threads(), shape, act_of(act), past_cache(x), weights.data(), static_cast<const A*>(count.const_data_ptr()),
         static_cast<const T*>(gradient.const_data_ptr()), static_cast<const T*>(input.tensor.const_data_ptr()),
@@ -202,7 +216,7 @@ Tensor evaluate(const Tensor& x, const Optional& weight, const Optional& bias, c
     const Numbers<A> weights(weight), biases(bias), means(running_mean), vars(running_var);
     const Optional added = residual ? Optional(laid_out_as(input, *residual)) : std::nullopt;
     const Optional counted = mask ? Optional(torch::stable::contiguous(*mask)) : std::nullopt;
-    const Tensor y = torch::stable::empty_like(input.tensor);
+    const Tensor y = empty_like(input);
     std::vector<A> coefficients(renorm::Coefficients<A>::rows * shape.groups() * shape.channels);
     renorm::run(renorm::Forward<T>{
         torch_threads(), shape, act_of(act), past_cache(x),
@@ -225,10 +239,11 @@ template <class A>
 void track_as(const Tensor& running_mean, const Tensor& running_var, const Tensor& steps, const Tensor& skipped,
               const Tensor& mean, const Tensor& var, const Tensor& count, const std::string& tracking, double momentum,
               int64_t channels_per_group, double eps) {
+  const Numbers<A> means(mean), vars(var), counts(count);
   renorm::track<A>(
       {mutable_data_of<A>(running_mean), mutable_data_of<A>(running_var), mutable_data_of<int64_t>(steps),
        mutable_data_of<int64_t>(skipped)},
-      {data_of<A>(mean), data_of<A>(var), data_of<A>(count), mean.size(0), mean.size(1)}, tracking_of(tracking),
+      {means.data(), vars.data(), counts.data(), mean.size(0), mean.size(1)}, tracking_of(tracking),
       momentum, channels_per_group, eps);
 }
 
@@ -255,6 +270,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(renorm, m) {
       "normalize(Tensor x, Tensor? weight, Tensor? bias, Tensor? mask, Tensor? residual, Tensor? running_mean, "
       "Tensor? running_var, Tensor? r_max, Tensor? d_max, Tensor? r, Tensor? d, int? examples_per_group, "
       "int channels_per_group, float eps, str act) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The same without a registered gradient, for the autograd.Function of eager mode: torch asks Python for the other's.
+  m.def(
+      "normalize_eager(Tensor x, Tensor? weight, Tensor? bias, Tensor? mask, Tensor? residual, Tensor? running_mean, "
+      "Tensor? running_var, Tensor? r_max, Tensor? d_max, Tensor? r, Tensor? d, int? examples_per_group, "
+      "int channels_per_group, float eps, str act) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "normalize_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? mask, Tensor? residual, Tensor? y, Tensor count, "
       "Tensor coefficients, int? examples_per_group, int channels_per_group, str act, bool wants_residual) "
@@ -270,6 +290,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(renorm, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(renorm, CPU, m) {
   m.impl("normalize", TORCH_BOX(&normalize));
+  m.impl("normalize_eager", TORCH_BOX(&normalize));
   m.impl("normalize_backward", TORCH_BOX(&normalize_backward));
   m.impl("evaluate", TORCH_BOX(&evaluate));
   m.impl("track", TORCH_BOX(&track));

@@ -69,7 +69,7 @@ def batch_norm(
         >>> y.tolist(), moments.mean.item(), moments.var.item()
         ([[-1.0], [1.0]], 2.0, 1.0)
     """
-    return _train(x, weight, bias, mask, None, Grouping(examples_per_group, channels_per_group), eps, residual, act)
+    return normalize_batch(x, weight, bias, mask, None, Grouping(examples_per_group, channels_per_group), eps, residual, act)
 
 
 def batch_renorm(
@@ -130,7 +130,7 @@ def batch_renorm(
         check_limits(r_max, d_max)
     running_mean, running_var = _statistics(x, running_mean, running_var)
     running = Running(running_mean, running_var, r_max, d_max)
-    return _train(x, weight, bias, mask, running, Grouping(examples_per_group, channels_per_group), eps, residual, act)
+    return normalize_batch(x, weight, bias, mask, running, Grouping(examples_per_group, channels_per_group), eps, residual, act)
 
 
 def renormalize(
@@ -182,7 +182,7 @@ def renormalize(
         if value.shape != shape:
             raise ValueError(f"{name} must have one number per group, shape {shape}, got {tuple(value.shape)}")
     dtype = _accumulation_dtype(x)
-    return _train(x, weight, bias, mask, Correction(r.detach().to(dtype), d.detach().to(dtype)), grouping, eps)
+    return normalize_batch(x, weight, bias, mask, Correction(r.detach().to(dtype), d.detach().to(dtype)), grouping, eps)
 
 
 def weighted_batch_norm(
@@ -248,7 +248,7 @@ def weighted_batch_norm(
     )
 
 
-def _train(
+def normalize_batch(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -259,6 +259,26 @@ def _train(
     residual: Tensor | None = None,
     act: Activation | None = None,
 ) -> tuple[Tensor, Moments]:
+    """What the training functions share, and the layers call: refusals, empty batches, and the operation.
+
+    Args:
+        x: input, (N, C, *S), floating point.
+        weight: gamma, (C,), or None for 1.
+        bias: beta, (C,), or None for 0.
+        mask: True where an element counts, (N, *S) or broadcastable to it, or None.
+        correction: what r and d are computed from, or r and d themselves; None for batch norm.
+        grouping: which elements share statistics.
+        eps: added to the variance.
+        residual: added before the activation, shape of x, or None.
+        act: activation applied last, by name, or None.
+
+    Returns:
+        The output, and the moments of every channel in every example group.
+
+    Raises:
+        TypeError: x is not floating point, or the mask not boolean.
+        ValueError: a shape does not fit, or a group has a single element and no correction.
+    """
     running_mean, running_var = correction[:2] if isinstance(correction, Running) else (None, None)
     check_input(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     check_residual(residual, x)

@@ -44,7 +44,7 @@ class Limits:
         >>> limits
         Limits(r_max=3.0, d_max=5.0, start=50, r_end=400, d_end=250)
         >>> limits(torch.tensor(225), torch.float32)
-        (tensor(2.), tensor(4.3750))
+        (2.0, 4.375)
     """
 
     r_max: float = 3.0
@@ -111,15 +111,39 @@ class Limits:
 
         Args:
             step: number of updates so far, a 0-d integer tensor.
-            dtype: floating dtype of the result.
+            dtype: floating dtype of the result, where it is a tensor.
 
         Returns:
-            r_max and d_max as 0-d tensors; as numbers where they never change.
+            r_max and d_max, as numbers where they never change or the step is at hand, else as 0-d tensors.
         """
         if self.start == self.r_end == self.d_end == 0:
             return self.r_max, self.d_max
+        if type(step) is Tensor and step.is_cpu and not torch.compiler.is_compiling():
+            return self.at(int(step))
         step = step.to(dtype)
         return self._ramp(step, 1.0, self.r_max, self.r_end), self._ramp(step, 0.0, self.d_max, self.d_end)
+
+    def at(self, step: int) -> tuple[float, float]:
+        """r_max and d_max at a step, as numbers.
+
+        Args:
+            step: number of updates so far.
+
+        Returns:
+            r_max and d_max.
+
+        Example:
+            >>> Limits.over(1_300).at(225)
+            (2.0, 4.375)
+        """
+        if step < self.start:
+            return 1.0, 0.0
+        r_share = 1.0 if step >= self.r_end else (step - self.start) / (self.r_end - self.start)
+        d_share = 1.0 if step >= self.d_end else (step - self.start) / (self.d_end - self.start)
+        # a share of 1 would turn an infinite limit into a number that is none
+        r_max = self.r_max if r_share == 1 else 1 + (self.r_max - 1) * r_share
+        d_max = self.d_max if d_share == 1 else self.d_max * d_share
+        return r_max, d_max
 
     def _ramp(self, step: Tensor, low: float, high: float, end: int) -> Tensor:
         if end == self.start:

@@ -13,11 +13,12 @@ from .activation import Activation, require_activation
 from .checks import check_channels, check_example_weight
 from .grouping import Grouping
 from .limits import Limits
-from .moments import Moments
 from .ops.snapshot import snapshot
+from .ops.types import Running
 from .tracking import RunningState, Tracking, commit, require_tracking
 
 _STATISTICS = ("running_mean", "running_var")
+_STATE = (*_STATISTICS, "num_batches_tracked", "num_batches_skipped")
 
 
 class Norm(nn.Module):
@@ -204,37 +205,37 @@ class Norm(nn.Module):
 
     def _normalize(self, x: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
         if self.training or not self.track_running_stats:
-            y, moments = self._normalize_batch(x, mask, residual)
-            if self.track_running_stats and x.numel() > 0:
-                self._track(moments)
-            return y
+            return self._normalize_batch(x, mask, residual)
         return F.weighted_batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias,
             example_weight=self.example_weight, mask=mask, channels_per_group=self.channels_per_group, eps=self.eps,
             residual=residual, act=self._fused_activation(),
         )  # fmt: skip
 
-    def _normalize_batch(self, x: Tensor, mask: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Moments]:
-        n, k, act = self.examples_per_group, self.channels_per_group, self._fused_activation()
+    def _normalize_batch(self, x: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+        state = self._state() if self.track_running_stats else None
+        running = None if state is None or self.limits is None else self._running(x, state, self.limits)
         eps = self.eps * 1.0  # the compiler must meet a float of the module outside autograd.Function first
-        if self.limits is None:
-            return F.batch_norm(
-                x, self.weight, self.bias,
-                mask=mask, examples_per_group=n, channels_per_group=k, eps=eps, residual=residual, act=act,
+        y, moments = F.normalize_batch(
+            x, self.weight, self.bias, mask, running, self.grouping, eps, residual, self._fused_activation()
+        )
+        if state is not None and x.numel() > 0:
+            commit(
+                state, moments,
+                momentum=self.momentum, tracking=self.tracking, channels_per_group=self.channels_per_group, eps=eps,
             )  # fmt: skip
-        running_mean, running_var = snapshot(self.running_mean), snapshot(self.running_var)
-        r_max, d_max = self.limits(snapshot(self.num_batches_tracked), running_mean.dtype)
-        return F.batch_renorm(
-            x, running_mean, running_var, self.weight, self.bias, r_max=r_max, d_max=d_max,
-            mask=mask, examples_per_group=n, channels_per_group=k, eps=eps, residual=residual, act=act,
-        )  # fmt: skip
+        return y
 
-    def _track(self, moments: Moments) -> None:
-        state = RunningState(self.running_mean, self.running_var, self.num_batches_tracked, self.num_batches_skipped)
-        commit(
-            state, moments,
-            momentum=self.momentum, tracking=self.tracking, channels_per_group=self.channels_per_group, eps=self.eps,
-        )  # fmt: skip
+    def _state(self) -> RunningState:
+        # from the dict, since every attribute of a module that is a buffer costs half a microsecond
+        return RunningState(*(self._buffers[name] for name in _STATE))  # type: ignore[arg-type]
+
+    def _running(self, x: Tensor, state: RunningState, limits: Limits) -> Running:
+        mean, var, step = snapshot(state.mean), snapshot(state.var), snapshot(state.steps)
+        dtype = torch.promote_types(x.dtype, mean.dtype)
+        if mean.dtype != dtype:
+            mean, var = mean.to(dtype), var.to(dtype)
+        return Running(mean, var, *limits(step, dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers[name] for name in _STATISTICS}

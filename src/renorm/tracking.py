@@ -80,7 +80,6 @@ class RunningState(NamedTuple):
     skipped: Tensor
 
 
-@torch.no_grad()
 def commit(
     state: RunningState,
     moments: Moments,
@@ -106,10 +105,17 @@ def commit(
         torch.ops.renorm.track.default(*state, *moments, tracking, momentum, channels_per_group, eps)
         torch.autograd.graph.increment_version(state)
         return
+    with torch.no_grad():
+        _commit_plainly(state, moments, momentum, tracking, channels_per_group, eps)
+
+
+def _commit_plainly(
+    state: RunningState, moments: Moments, momentum: float | None, tracking: Tracking, k: int, eps: float
+) -> None:
     weight = 1 / (state.steps + 1).to(state.mean.dtype) if momentum is None else momentum
     mean, var = update_running(
         state.mean, state.var, moments,
-        momentum=weight, tracking=tracking, channels_per_group=channels_per_group, eps=eps,
+        momentum=weight, tracking=tracking, channels_per_group=k, eps=eps,
     )  # fmt: skip
     finite = (0 * (moments.mean + moments.var)).sum() == 0  # 0 times anything else is not a number
     accepted = finite & (moments.count > 0).any()
@@ -120,10 +126,9 @@ def commit(
 
 
 def _suits_kernels(state: RunningState, moments: Moments) -> bool:
-    if torch.compiler.is_compiling() or not extension.suits(moments.mean):
+    if torch.compiler.is_compiling() or not extension.suits(moments.mean) or moments.mean.dtype != state.mean.dtype:
         return False
-    is_plain = all(tensor.is_contiguous() and extension.suits_state(tensor) for tensor in state)
-    return is_plain and moments.mean.dtype == state.mean.dtype and all(moment.is_contiguous() for moment in moments)
+    return all(map(extension.suits_state, state))
 
 
 def _update_var(running_var: Tensor, moments: Moments, batch: Moments, momentum: float | Tensor, eps: float) -> Tensor:

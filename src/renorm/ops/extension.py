@@ -42,11 +42,13 @@ def suits(x: Tensor) -> bool:
         x: input of a normalization.
 
     Returns:
-        True for a plain floating-point tensor on the CPU, if there are kernels.
+        True for a plain floating-point tensor on the CPU outside torch.func's transforms, if there are kernels.
     """
-    if not _loaded or x.device.type != "cpu" or x.dtype not in _DTYPES:
+    if not _loaded or not x.is_cpu or x.dtype not in _DTYPES:
         return False
-    return type(x) in _PLAIN or torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return True
+    return type(x) in _PLAIN and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def suits_state(tensor: Tensor) -> bool:
@@ -56,6 +58,6 @@ def suits_state(tensor: Tensor) -> bool:
         tensor: running statistic or counter.
 
     Returns:
-        True for a plain tensor on the CPU.
+        True for a plain, contiguous tensor on the CPU, if there are kernels.
     """
-    return type(tensor) in _PLAIN and tensor.device.type == "cpu"
+    return _loaded and type(tensor) in _PLAIN and tensor.is_cpu and tensor.is_contiguous()

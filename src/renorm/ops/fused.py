@@ -6,7 +6,6 @@ compiler and torch.export see the registered operations, with their shapes and t
 
 from __future__ import annotations
 
-import inspect
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..activation import Activation, activate, derivative_from_output, is_piecew
 from ..grouping import Grouping
 from ..moments import Moments
 from . import extension
-from .composed import compose
+from .composed import compose, finish
 from .types import Correction, Running
 
 # Rows of the coefficients that the kernels return beside the moments.
@@ -53,11 +52,14 @@ def normalize(
     """
     running = correction if isinstance(correction, Running) else _NOTHING
     given = correction if isinstance(correction, Correction) else _NOTHING
-    operation = torch.ops.renorm.normalize if torch.compiler.is_compiling() else _Fused.apply
-    y, mean, var, count, _ = operation(
-        x, weight, bias, mask, residual, running[0], running[1], _as_tensor(running[2]), _as_tensor(running[3]),
-        given[0], given[1], grouping.examples_per_group, grouping.channels_per_group, eps, act or "none",
+    settings = (
+        running[0], running[1], _as_tensor(running[2]), _as_tensor(running[3]), given[0], given[1],
+        grouping.examples_per_group, grouping.channels_per_group, eps, act or "none",
     )  # fmt: skip
+    if torch.compiler.is_compiling():
+        y, mean, var, count, _ = torch.ops.renorm.normalize.default(x, weight, bias, mask, residual, *settings)
+    else:
+        y, mean, var, count, _ = _Fused.apply(x, weight, bias, residual, mask, settings)
     return y, Moments(mean, var, count)
 
 
@@ -79,101 +81,83 @@ def _constant(value: float) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, mask, residual, *_, ctx.examples_per_group, ctx.channels_per_group, ctx.eps, ctx.act = inputs
     y, mean, var, count, coefficients = output
+    ctx.mark_non_differentiable(mean, var, count, coefficients)
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that have no gradient
     # The activation's gradient is computed from x again; with a residual, a piecewise linear one's from y, which
     # whatever comes next keeps anyhow.
     kept_y = y if residual is not None and is_piecewise_linear(ctx.act) else None
     kept_residual = residual if residual is not None and kept_y is None and ctx.act != "none" else None
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(x, weight, bias, mask, kept_residual, kept_y, mean, var, count, coefficients)
+    ctx.save_for_backward(x, weight, bias, mask, kept_residual, kept_y, count, coefficients)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, mask, residual, y, mean, var, count, coefficients = ctx.saved_tensors
+# Which of x, weight, bias and residual want a gradient, and these gradients.
+_Wanted = tuple[bool, bool, bool, bool]
+_Found = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _gradients(ctx: Any, dy: Tensor | None, wanted: _Wanted) -> _Found:
+    if dy is None:
+        return None, None, None, None
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _differentiable_gradients(ctx, dy)
-    wants_residual = ctx.has_residual and ctx.needs_input_grad[4]
-    needs_pass = wants_residual and (ctx.act != "none" or mask is not None)
+        return _differentiable_gradients(ctx, dy, wanted)
+    x, weight, _, mask, residual, y, count, coefficients = ctx.saved_tensors
+    _, wants_weight, wants_bias, wants_residual = wanted
+    is_dy = ctx.act == "none" and mask is None  # what the residual gets
     dx, dweight, dbias, dresidual = torch.ops.renorm.normalize_backward.default(
         dy, x, weight, mask, residual, y, count, coefficients,
-        ctx.examples_per_group, ctx.channels_per_group, ctx.act, needs_pass,
+        ctx.examples_per_group, ctx.channels_per_group, ctx.act, wants_residual and not is_dy,
     )  # fmt: skip
-    if wants_residual and not needs_pass:
-        dresidual = dy
     return (
         dx,
-        dweight if ctx.needs_input_grad[1] else None,
-        dbias if ctx.needs_input_grad[2] else None,
-        None,
-        dresidual if wants_residual else None,
-        *_NO_GRADIENTS,
+        dweight if wants_weight else None,
+        dbias if wants_bias else None,
+        (dy if is_dy else dresidual) if wants_residual else None,
     )
 
 
-_NO_GRADIENTS = (None,) * 10
-
-
-def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients by plain operations, for a second backward."""
-    x, weight, bias, mask, residual, y, _, _, _, coefficients = ctx.saved_tensors
+def _differentiable_gradients(ctx: Any, dy: Tensor, wanted: _Wanted) -> _Found:
+    """The gradients by torch's own operations, for a second backward."""
+    x, weight, bias, mask, residual, y, _, coefficients = ctx.saved_tensors
     k = ctx.channels_per_group
     correction = Correction(coefficients[_R, :, ::k], coefficients[_D, :, ::k])
     normalized, _ = compose(x, weight, bias, mask, correction, Grouping(ctx.examples_per_group, k), ctx.eps)
     if y is None:
+        output = finish(normalized, mask, residual, None if ctx.act == "none" else ctx.act)
         slope = None
-        output = activate(normalized if residual is None else normalized + residual, None if ctx.act == "none" else ctx.act)
     else:
         slope = derivative_from_output(y, ctx.act)
         output = normalized * slope
-    named = {0: x, 1: weight, 2: bias, 4: residual}
-    wanted = [i for i, tensor in named.items() if tensor is not None and ctx.needs_input_grad[i]]
-    found = torch.autograd.grad(output, [named[i] for i in wanted], dy, create_graph=True)
-    gradients: list[Tensor | None] = [None] * 15
-    for i, gradient in zip(wanted, found, strict=True):
-        gradients[i] = gradient
-    if ctx.has_residual and residual is None and ctx.needs_input_grad[4]:
-        gradients[4] = dy if slope is None else dy * slope
-    if gradients[4] is not None and mask is not None:
-        gradients[4] = gradients[4].where(mask.unsqueeze(1), 0)
-    return tuple(gradients)
+    tensors = (x, weight, bias, residual)
+    indices = [i for i, tensor in enumerate(tensors) if tensor is not None and wanted[i]]
+    found = torch.autograd.grad(output, [tensors[i] for i in indices], dy, create_graph=True)
+    gradients = dict(zip(indices, found, strict=True))
+    if wanted[3] and residual is None:
+        dresidual = dy if slope is None else dy * slope
+        gradients[3] = dresidual if mask is None else dresidual.where(mask.unsqueeze(1), 0)
+    return gradients.get(0), gradients.get(1), gradients.get(2), gradients.get(3)
 
 
 class _Fused(torch.autograd.Function):
+    # One forward with ctx, not setup_context, and few arguments: both cost as much as a small layer's kernel. The
+    # price is torch.func, whose transforms take the composed operation.
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        mask: Tensor | None,
         residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        r_max: Tensor | None,
-        d_max: Tensor | None,
-        r: Tensor | None,
-        d: Tensor | None,
-        examples_per_group: int | None,
-        channels_per_group: int,
-        eps: float,
-        act: str,
+        mask: Tensor | None,
+        settings: tuple[Any, ...],
     ) -> tuple[Tensor, ...]:
-        output: tuple[Tensor, ...] = torch.ops.renorm.normalize.default(
-            x, weight, bias, mask, residual, running_mean, running_var, r_max, d_max, r, d,
-            examples_per_group, channels_per_group, eps, act,
-        )  # fmt: skip
+        inputs = (x, weight, bias, mask, residual, *settings)
+        output: tuple[Tensor, ...] = torch.ops.renorm.normalize_eager.default(*inputs)
+        _save(ctx, inputs, output)
         return output
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        _save(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy)
-
-
-# Autograd asks for the signature at every call; to find it anew takes longer than all else around the operation.
-_Fused.forward.__signature__ = inspect.signature(_Fused.forward)  # type: ignore[attr-defined]
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, dy, ctx.needs_input_grad[:4]), None, None
 
 
 def _output_like(x: Tensor) -> Tensor:
@@ -204,15 +188,12 @@ def _register() -> None:
         parameter = [x.new_empty(x.shape[1], dtype=wide) for _ in range(2)]
         return _output_like(x), *parameter, _output_like(x) if wants_residual else x.new_empty(0)
 
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy)
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        wants_x, wants_weight, wants_bias, _, wants_residual, *rest = ctx.needs_input_grad
+        dx, dweight, dbias, dresidual = _gradients(ctx, dy, (wants_x, wants_weight, wants_bias, wants_residual))
+        return dx, dweight, dbias, None, dresidual, *(None for _ in rest)
 
-    torch.library.register_autograd("renorm::normalize", backward, setup_context=_save_registered)
-
-
-def _save_registered(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    _save(ctx, inputs, output)
+    torch.library.register_autograd("renorm::normalize", backward, setup_context=_save)
 
 
 if extension.available():
