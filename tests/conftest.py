@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from renorm.ops import extension
+
 torch.set_num_threads(1)  # the suite runs in parallel processes; and one long sum is the worst case for accuracy
 
 settings.register_profile("default", deadline=None, derandomize=True, database=None, max_examples=60)
@@ -27,3 +29,20 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module", params=["kernels", "torch"])
+def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Everything once with the C++ kernels, and once as it is where they were not built."""
+    if request.param == "kernels" and not extension.available():
+        pytest.skip("the C++ kernels are not built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "_loaded", request.param == "kernels")
+        yield request.param
+
+
+@pytest.fixture
+def kernels() -> None:
+    """For tests of the C++ kernels themselves."""
+    if not extension.available():
+        pytest.skip("the C++ kernels are not built")

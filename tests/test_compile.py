@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import renorm
 
 pytestmark = [
+    pytest.mark.usefixtures("each_backend"),
     pytest.mark.usefixtures("fresh_compiler"),
     # torch's tracer makes an instance of every autograd.Function, which torch itself deprecates
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),

@@ -10,6 +10,8 @@ from torch import nn
 
 import renorm
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 HALVES = (torch.float16, torch.bfloat16)
 SETTINGS: dict[str, dict[str, Any]] = {
     "batch norm": {},

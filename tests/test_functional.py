@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from renorm import functional
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 EXAMPLES, CHANNELS = 5, 4
 POSITIONS = {"(N, C)": (), "(N, C, L)": (2,), "(N, C, H, W)": (2, 1), "(N, C, D, H, W)": (1, 2, 1)}
 GROUPINGS = {

@@ -13,6 +13,8 @@ from torch import Tensor
 import renorm
 from renorm import functional
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 JUNK = (math.nan, math.inf, -math.inf, 1e38)
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -11,6 +11,8 @@ from torch import Tensor
 
 import renorm
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 layouts = pytest.mark.parametrize("memory_format", LAYOUTS.values(), ids=LAYOUTS)
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -17,6 +17,8 @@ from torch import Tensor
 import renorm
 from renorm import functional
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 TRACKING = ("std", "var", "total")
 

@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import renorm
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "batch norm": {},
     "renorm": {"limits": renorm.Limits.constant(), "tracking": "std"},

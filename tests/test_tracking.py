@@ -12,6 +12,8 @@ import renorm
 from renorm import Moments
 from renorm.functional import update_running
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 TRACKING = ("std", "var", "total")
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 import renorm
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 CHANNELS = 6
 STEPS = 12
 SHAPES = {

@@ -168,7 +168,13 @@ class Norm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        residual: Tensor | None = None,
+        act: Activation | None = None,
+    ) -> Tensor:
         """Normalize a batch, and in training move the running statistics.
 
         Args:
@@ -176,6 +182,7 @@ class Norm(nn.Module):
             mask: True where an element counts, (N, *S) or broadcastable to it; other elements touch neither
                 statistics nor gradients, and their output is 0.
             residual: added before the activation, shape of x.
+            act: activation of this call, for a layer without one of its own.
 
         Returns:
             The output, shape and dtype of x.
@@ -185,7 +192,7 @@ class Norm(nn.Module):
             ValueError: a shape does not fit, or a statistics group has a single element and there are no limits.
         """
         self._check(x)
-        return self._finish(self._normalize(x, mask, residual))
+        return self._finish(self._normalize(x, mask, residual, act or self._fused_activation()))
 
     def _fused_activation(self) -> Activation | None:
         return self.act
@@ -203,22 +210,22 @@ class Norm(nn.Module):
                 f"x must have num_features={self.num_features} channels in dimension 1, got shape {tuple(x.shape)}"
             )
 
-    def _normalize(self, x: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None) -> Tensor:
         if self.training or not self.track_running_stats:
-            return self._normalize_batch(x, mask, residual)
+            return self._normalize_batch(x, mask, residual, act)
         return F.weighted_batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias,
             example_weight=self.example_weight, mask=mask, channels_per_group=self.channels_per_group, eps=self.eps,
-            residual=residual, act=self._fused_activation(),
+            residual=residual, act=act,
         )  # fmt: skip
 
-    def _normalize_batch(self, x: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+    def _normalize_batch(
+        self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None
+    ) -> Tensor:
         state = self._state() if self.track_running_stats else None
         running = None if state is None or self.limits is None else self._running(x, state, self.limits)
         eps = self.eps * 1.0  # the compiler must meet a float of the module outside autograd.Function first
-        y, moments = F.normalize_batch(
-            x, self.weight, self.bias, mask, running, self.grouping, eps, residual, self._fused_activation()
-        )
+        y, moments = F.normalize_batch(x, self.weight, self.bias, mask, running, self.grouping, eps, residual, act)
         if state is not None and x.numel() > 0:
             commit(
                 state, moments,
@@ -232,7 +239,7 @@ class Norm(nn.Module):
 
     def _running(self, x: Tensor, state: RunningState, limits: Limits) -> Running:
         mean, var, step = snapshot(state.mean), snapshot(state.var), snapshot(state.steps)
-        dtype = torch.promote_types(x.dtype, mean.dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32)
         if mean.dtype != dtype:
             mean, var = mean.to(dtype), var.to(dtype)
         return Running(mean, var, *limits(step, dtype))

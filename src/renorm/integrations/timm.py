@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..activation import Activation
+from ..fusion.roles import hooked, module_activation
 from ..layers import (
     BatchGroupNorm,
     BatchGroupNorm2d,
@@ -28,6 +30,9 @@ class NormAct(Norm):
         drop: applied to the normalized output; None for nothing.
         act: applied last; None for nothing.
         **options: those of the norm.
+
+    Attributes:
+        fused: whether the layer applies the activation itself where it can, instead of calling `act`.
     """
 
     def __init__(self, *args: Any, drop: nn.Module | None = None, act: nn.Module | None = None, **options: Any) -> None:
@@ -35,8 +40,25 @@ class NormAct(Norm):
         del self.act  # the name of an activation gives way to the module
         self.drop = drop or nn.Identity()
         self.add_module("act", act or nn.Identity())
+        self.fused = False
 
-    def _activate(self, y: Tensor) -> Tensor:
+    def fusable_activation(self) -> Activation | None:
+        """The activation, if the layer can apply it itself.
+
+        Returns:
+            Its name; None if layers do not have it, if `drop` does something, or if there is a hook on either.
+        """
+        drop, act = self._modules["drop"], self._modules["act"]  # attributes of modules are slow to find
+        if act is None or type(drop) is not nn.Identity or hooked(drop):
+            return None
+        return module_activation(act)
+
+    def _fused_activation(self) -> Activation | None:
+        return self.fusable_activation() if self.fused else None
+
+    def _finish(self, y: Tensor) -> Tensor:
+        if self._fused_activation() is not None:
+            return y
         activated: Tensor = self.get_submodule("act")(self.drop(y))
         return activated
 

@@ -1,0 +1,173 @@
+"""Finding, in a traced forward, what can be done in one call with a norm layer, and proving that it may."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..activation import Activation
+from .calls import call_norm
+from .roles import IDENTITY, call_activation, hooked, module_activation, role
+
+_ADDS: dict[Any, bool] = {operator.add: False, torch.add: False, "add": False, operator.iadd: True, "add_": True}
+_FRESH = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+
+
+class UnfusableError(Exception):
+    """Why nothing can be fused into a call of a norm layer."""
+
+
+@dataclass
+class Site:
+    """A call of a norm layer, and the calls after it that it can take in.
+
+    Args:
+        owner: module whose forward it is in.
+        norm: the call of the layer.
+        chain: the calls that it takes in, in order.
+        add: the addition among them, if any.
+        residual: what is added.
+        act: the activation at the end of them, if any.
+    """
+
+    owner: nn.Module
+    norm: fx.Node
+    chain: list[fx.Node] = field(default_factory=list)
+    add: fx.Node | None = None
+    residual: fx.Node | None = None
+    act: Activation | None = None
+
+    @property
+    def last(self) -> fx.Node:
+        """The call whose value the site computes."""
+        return self.chain[-1] if self.chain else self.norm
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the addition is in place."""
+        return self.add is not None and _ADDS[self.add.target]
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that are no longer called as the forward calls them.
+
+        Yields:
+            Name and module.
+        """
+        for node in (self.norm, *self.chain):
+            if node.op == "call_module":
+                yield str(node.target), _module(node, self.owner)
+
+
+def find_site(norm: fx.Node, owner: nn.Module) -> Site:
+    """What can be done in one call with a norm layer.
+
+    Args:
+        norm: call of a layer that only normalizes, in the graph of the owner's forward.
+        owner: module with the layer.
+
+    Returns:
+        The site, with an addition, an activation or both.
+
+    Raises:
+        UnfusableError: there is nothing, or no proof that it may be done.
+    """
+    if hooked(_module(norm, owner)):
+        raise UnfusableError("there is a hook on it")
+    if len(norm.args) != 1 or norm.kwargs:
+        raise UnfusableError("it is called with more than its input")
+    site = Site(owner, norm)
+    follower = _follower(site)
+    if follower.op != "call_module" and follower.target in _ADDS:
+        _take_add(site, follower)
+        try:
+            follower = _follower(site)
+        except UnfusableError:
+            return site
+    site.act = _activation(site, follower)
+    if site.act is not None:
+        site.chain.append(follower)
+    elif site.add is None:
+        raise UnfusableError(_describe(follower, owner))
+    return site
+
+
+def _follower(site: Site) -> fx.Node:
+    """The one call that uses the value so far; identities become part of the site."""
+    while True:
+        users = list(site.last.users)
+        if len(users) != 1:
+            raise UnfusableError(f"its output is used {len(users)} times" if users else "its output is not used")
+        if users[0].op == "output":
+            raise UnfusableError(f"its output leaves {type(site.owner).__name__}")
+        if not (_is_call_with(users[0], site.last) and role(_module(users[0], site.owner)) == IDENTITY):
+            return users[0]
+        site.chain.append(users[0])
+
+
+def _activation(site: Site, node: fx.Node) -> Activation | None:
+    if _is_call_with(node, site.last):
+        return module_activation(_module(node, site.owner))
+    return call_activation(node) if node.args[:1] == (site.last,) else None
+
+
+def _take_add(site: Site, node: fx.Node) -> None:
+    if len(node.args) != 2 or node.kwargs not in ({}, {"alpha": 1}):
+        raise UnfusableError("its output is added with a factor")
+    residual = node.args[1] if node.args[0] is site.last else node.args[0]
+    if not isinstance(residual, fx.Node) or residual is site.last:
+        raise UnfusableError("no other tensor is added")
+    if _ADDS[node.target] and node.args[0] is not site.last:
+        raise UnfusableError("its output is added in place to another tensor")
+    if not _may_wait(site, node):
+        raise UnfusableError("what happens before the residual add may change its input or its statistics")
+    site.add, site.residual = node, residual
+    site.chain.append(node)
+
+
+def _may_wait(site: Site, add: fx.Node) -> bool:
+    """Whether the layer may be called as late as where the residual is added."""
+    between = []
+    node = site.norm.next
+    while node is not add:
+        if node not in site.chain:
+            between.append(node)
+        node = node.next
+    return not between or (_is_ours_alone(site) and not any(_touches(node, site) for node in between))
+
+
+def _is_ours_alone(site: Site) -> bool:
+    """Whether nobody else can change the layer's input: it is new memory, and goes nowhere else."""
+    x = site.norm.args[0]
+    if not isinstance(x, fx.Node) or x.op != "call_module" or len(x.users) != 1:
+        return False
+    module = _module(x, site.owner)
+    return type(module) in _FRESH and not hooked(module)
+
+
+def _touches(node: fx.Node, site: Site) -> bool:
+    """Whether a node may call the layer of the site, or looks at its state."""
+    if node.op == "get_attr":
+        return str(node.target).startswith(f"{site.norm.target}.")
+    return node.op == "call_module" and _module(site.norm, site.owner) in _module(node, site.owner).modules()
+
+
+def _is_call_with(node: fx.Node, value: fx.Node) -> bool:
+    return node.op == "call_module" and node.args == (value,) and not node.kwargs
+
+
+def _module(node: fx.Node, owner: nn.Module) -> nn.Module:
+    return owner.get_submodule(str(node.target))
+
+
+def _describe(node: fx.Node, owner: nn.Module) -> str:
+    if node.target is call_norm:
+        return "it is the residual that another layer adds"
+    if node.op == "call_module":
+        module = _module(node, owner)
+        return f"{type(module).__name__}{' with a hook' * hooked(module)} follows"
+    return f"{node.target if isinstance(node.target, str) else getattr(node.target, '__name__', node.target)} follows"
