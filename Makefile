@@ -4,13 +4,15 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= runs
 
-.PHONY: setup demo test test-slow lint types bench clean
+.PHONY: setup demo test test-slow sanitize lint types bench clean
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+# The kernels are built against the torch of this environment, so it comes first.
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools ninja
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
 
 demo: setup ## both experiments on digits, three seeds
@@ -30,8 +32,13 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-bench: setup
-	$(BIN)/python benchmarks/layers.py --csv benchmarks/results/layers.csv
+sanitize: ## the C++ kernels' own tests, plain and under the address, undefined-behaviour and thread sanitizers
+	$(MAKE) -s -C csrc/tests all
+
+bench: setup ## about 40 minutes; then the tables and figures of docs/benchmarks.md
+	$(BIN)/python benchmarks/layers.py
+	$(BIN)/python benchmarks/models.py
+	$(BIN)/python benchmarks/report.py
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist src/renorm/_kernels.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -47,4 +47,6 @@ kernels = CppExtension(
     py_limited_api=True,
     optional=True,
 )
-setup(ext_modules=[kernels], cmdclass={"build_ext": OptionalBuild}, options={"bdist_wheel": {"py_limited_api": "cp311"}})
+setup(
+    ext_modules=[kernels], cmdclass={"build_ext": OptionalBuild}, options={"bdist_wheel": {"py_limited_api": "cp311"}}
+)

@@ -69,7 +69,9 @@ def batch_norm(
         >>> y.tolist(), moments.mean.item(), moments.var.item()
         ([[-1.0], [1.0]], 2.0, 1.0)
     """
-    return normalize_batch(x, weight, bias, mask, None, Grouping(examples_per_group, channels_per_group), eps, residual, act)
+    return normalize_batch(
+        x, weight, bias, mask, None, Grouping(examples_per_group, channels_per_group), eps, residual, act
+    )
 
 
 def batch_renorm(
@@ -130,7 +132,8 @@ def batch_renorm(
         check_limits(r_max, d_max)
     running_mean, running_var = _statistics(x, running_mean, running_var)
     running = Running(running_mean, running_var, r_max, d_max)
-    return normalize_batch(x, weight, bias, mask, running, Grouping(examples_per_group, channels_per_group), eps, residual, act)
+    grouping = Grouping(examples_per_group, channels_per_group)
+    return normalize_batch(x, weight, bias, mask, running, grouping, eps, residual, act)
 
 
 def renormalize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,9 @@ _PLAIN = (Tensor, nn.Parameter)  # subclasses bring operations of their own
 
 
 def _load() -> bool:
+    """Load the library, unless RENORM_CPU=off; other values of it hold the kernels to an older instruction set."""
+    if os.environ.get("RENORM_CPU") == "off":
+        return False
     for path in (Path(__file__).parent.parent).glob("_kernels.*"):
         try:
             torch.ops.load_library(path)

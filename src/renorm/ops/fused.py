@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activation import Activation, activate, derivative_from_output, is_piecewise_linear
+from ..activation import Activation, derivative_from_output, is_piecewise_linear
 from ..grouping import Grouping
 from ..moments import Moments
 from . import extension
@@ -170,8 +170,7 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def _register() -> None:
-    @torch.library.register_fake("renorm::normalize")
-    def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    def normalized(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         examples_per_group, channels_per_group = arguments[10:12]
         groups = sum(number for number, _ in Grouping(examples_per_group, channels_per_group).parts(x.shape[0]))
         wide, channels = torch.promote_types(x.dtype, torch.float32), x.shape[1]
@@ -182,8 +181,7 @@ def _register() -> None:
         moments = statistic(groups, channels), statistic(groups, channels), statistic(groups, 1)
         return _output_like(x), *moments, statistic(6, groups, channels)
 
-    @torch.library.register_fake("renorm::normalize_backward")
-    def _(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    def differentiated(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         wide, wants_residual = torch.promote_types(x.dtype, torch.float32), arguments[-1]
         parameter = [x.new_empty(x.shape[1], dtype=wide) for _ in range(2)]
         return _output_like(x), *parameter, _output_like(x) if wants_residual else x.new_empty(0)
@@ -193,6 +191,8 @@ def _register() -> None:
         dx, dweight, dbias, dresidual = _gradients(ctx, dy, (wants_x, wants_weight, wants_bias, wants_residual))
         return dx, dweight, dbias, None, dresidual, *(None for _ in rest)
 
+    torch.library.register_fake("renorm::normalize", normalized)
+    torch.library.register_fake("renorm::normalize_backward", differentiated)
     torch.library.register_autograd("renorm::normalize", backward, setup_context=_save)
 
 

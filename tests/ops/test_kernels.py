@@ -1,0 +1,253 @@
+"""The C++ kernels: numbers of every dtype, layout, grouping and activation, threads, and what torch knows of them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_agrees
+from torch import Tensor, nn
+
+import renorm
+from renorm import functional
+from renorm.activation import activate
+from renorm.ops import extension
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "gelu")
+GROUPINGS = {"batch": (None, 1), "ghost": (3, 1), "batch-group": (2, 2), "group": (1, 4), "layer": (1, 8)}
+LAYOUTS = {
+    "(N, C)": (8,), "short planes": (8, 3, 3), "planes": (8, 9, 11), "long planes": (8, 5000), "3d": (8, 3, 4, 5),
+}  # fmt: skip
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture
+def _four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    values = torch.randn(shape, dtype=torch.float64).to(dtype)
+    return values.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else values
+
+
+def composed(x: Tensor, residual: Tensor | None, act: Any, mask: Tensor | None, **options: Any) -> Tensor:
+    """The same layer by torch's own operations, one after the other."""
+    y = functional.batch_renorm(x, mask=mask, **options)[0]
+    if residual is not None:
+        y = y + (residual if mask is None else residual.where(mask.unsqueeze(1), 0))
+    return activate(y, act)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("grouping", GROUPINGS.values(), ids=GROUPINGS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_forward_and_gradients_agree_with_torch_in_float64(
+    dtype: torch.dtype, grouping: tuple[int | None, int], layout: tuple[int, ...], channels_last: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    turns = itertools.product((False, True), (False, True), ACTIVATIONS)
+    for i, (has_residual, has_mask, act) in enumerate(turns):
+        if i % 3 != len(layout) % 3:  # a third of the combinations in each case; all of them over the cases
+            continue
+        shape = (7, *layout) if len(layout) > 1 else (7, 8)
+        x, residual, dy = (draw(shape, dtype, channels_last) for _ in range(3))
+        wide = torch.promote_types(dtype, torch.float32)
+        weight, bias, mean = (torch.randn(8, dtype=wide) for _ in range(3))
+        var = torch.rand(8, dtype=wide) + 0.5
+        mask = torch.rand(shape[0], *shape[2:]) < 0.7 if has_mask else None
+        options = {"r_max": 1.5, "d_max": 0.5, "examples_per_group": grouping[0], "channels_per_group": grouping[1]}
+
+        def leaves(wanted: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+            return [tensor.detach().to(wanted).requires_grad_() for tensor in tensors]
+
+        ours = leaves(dtype, x, residual) + leaves(wide, weight, bias)
+        exact = leaves(torch.float64, x, residual, weight, bias)
+        y, _ = functional.batch_renorm(
+            ours[0], mean, var, *ours[2:], residual=ours[1] if has_residual else None, act=act, mask=mask, **options
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(extension, "_loaded", False)
+            before = composed(
+                exact[0], exact[1] if has_residual else None, None, mask,
+                running_mean=mean.double(), running_var=var.double(), weight=exact[2], bias=exact[3], **options,
+            )  # fmt: skip
+            expected = activate(before, act)
+            # near a kink, rounding decides on which side an element lies
+            dy = dy.where(torch.minimum(before.abs(), (before - 6).abs()) > 4 * TOLERANCE[dtype], 0)
+            wanted = torch.autograd.grad(expected, exact, dy.double(), allow_unused=True)
+        assert y.dtype == dtype
+        assert_agrees(y, expected, TOLERANCE[dtype])
+        gradients = torch.autograd.grad(y, ours, dy, allow_unused=True)
+        for name, actual, right in zip(("x", "residual", "weight", "bias"), gradients, wanted, strict=True):
+            assert (actual is None) == (right is None), name
+            if actual is None or right is None:
+                continue
+            assert_agrees(actual, right, TOLERANCE[dtype], scale=float(dy.abs().max()))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_first_and_second_gradients_with_activation_and_residual(act: Any, has_residual: bool, has_mask: bool) -> None:
+    x, residual = (torch.randn(5, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.rand(5, 3) < 0.8 if has_mask else None
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        added = residual if has_residual else None
+        y: Tensor = functional.batch_norm(x, weight, bias, residual=added, act=act, mask=mask, examples_per_group=3)[0]
+        return y + 0 * residual
+
+    leaves = (x, weight, bias, residual)
+    assert torch.autograd.gradcheck(layer, leaves)
+    assert torch.autograd.gradgradcheck(layer, leaves)
+
+
+@pytest.mark.usefixtures("_four_threads")
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize(
+    ("shape", "grouping"),
+    [
+        ((16, 32, 40, 40), (None, 1)),
+        ((64, 256, 4, 4), (None, 1)),
+        ((3, 4, 200, 200), (None, 1)),
+        ((1, 64, 99, 99), (1, 64)),
+        ((32, 64, 20, 20), (8, 2)),
+    ],
+)
+def test_results_do_not_depend_on_the_number_of_threads(
+    shape: tuple[int, ...], grouping: tuple[int | None, int], channels_last: bool
+) -> None:
+    x, dy = draw(shape, torch.float32, channels_last), torch.randn(shape)
+    results = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        leaf = x.detach().requires_grad_()
+        weight = torch.linspace(0.5, 2, shape[1]).requires_grad_()
+        y, moments = functional.batch_norm(
+            leaf, weight, examples_per_group=grouping[0], channels_per_group=grouping[1], act="relu"
+        )
+        results.append((y, *moments, *torch.autograd.grad(y, (leaf, weight), dy)))
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+def test_evaluation_without_gradient_agrees_with_that_which_has_one(
+    act: Any, alpha: float, k: int, channels_last: bool
+) -> None:
+    x, residual = draw((6, 4, 5, 7), torch.float32, channels_last), torch.randn(6, 4, 5, 7)
+    weight, bias, mean, var = torch.randn(4), torch.randn(4), torch.randn(4), torch.rand(4) + 0.5
+    for mask, added in itertools.product((None, torch.rand(6, 5, 7) < 0.7), (None, residual)):
+        options: dict[str, Any] = {"example_weight": alpha, "channels_per_group": k, "mask": mask, "act": act}
+        fused = functional.weighted_batch_norm(x, mean, var, weight, bias, residual=added, **options)
+        plain = functional.weighted_batch_norm(
+            x.clone().requires_grad_(), mean, var, weight, bias, residual=added, **options
+        )
+        assert_agrees(fused, plain.detach())
+
+
+def test_a_gradient_in_another_layout_is_taken_as_it_is_meant() -> None:
+    x = torch.randn(4, 6, 5, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    dy = torch.randn(4, 6, 5, 5, dtype=torch.float64)
+    y, _ = functional.batch_norm(x)
+    for gradient in (dy, dy.to(memory_format=torch.channels_last), dy.flip(3).flip(3).transpose(2, 3).mT):
+        (dx,) = torch.autograd.grad(y, x, gradient, retain_graph=True)
+        torch.testing.assert_close(dx, torch.autograd.grad(y, x, dy, retain_graph=True)[0])
+    (dx,) = torch.autograd.grad(y.sum(), x)  # an expanded gradient
+    assert_agrees(dx, torch.zeros_like(dx), 1e-9, scale=1.0)
+
+
+def test_an_activation_saves_no_tensor_beside_the_input() -> None:
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.randn(8, 16, 32, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        renorm.BatchRenorm2d(16, act="relu")(x)
+    assert sum(saved.values()) < 1.05 * x.nbytes
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "silu"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_torch_agrees_with_the_registered_operation(act: str, channels_last: bool) -> None:
+    x = draw((5, 4, 3, 3), torch.float32, channels_last).requires_grad_()
+    weight, bias = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    residual = torch.randn(5, 4, 3, 3, requires_grad=True)
+    limits = torch.tensor(2.0), torch.tensor(1.0)
+    operation = torch.ops.renorm.normalize.default
+    for arguments in (
+        (x, weight, bias, None, residual, torch.zeros(4), torch.ones(4), *limits, None, None, None, 1, 1e-5, act),
+        (x, weight, None, torch.rand(5, 3, 3) < 0.7, None, *[None] * 6, 3, 2, 1e-5, act),
+    ):
+        torch.library.opcheck(operation, arguments)
+
+
+def test_tracking_and_evaluation_are_proper_operations_too() -> None:
+    state = [torch.zeros(4), torch.ones(4), torch.tensor(0), torch.tensor(0)]
+    moments = [torch.randn(2, 4), torch.rand(2, 4), torch.full((2, 1), 8.0)]
+    checks = ("test_schema", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.renorm.track.default, (*state, *moments, "std", 0.1, 1, 1e-5), test_utils=checks)
+    arguments = (torch.randn(3, 4, 5), None, None, None, None, *state[:2], 0.5, 2, 1e-5, "gelu")
+    torch.library.opcheck(torch.ops.renorm.evaluate.default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("instructions", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_agrees(instructions: str) -> None:
+    script = Path(__file__).with_name("instruction_sets.py")
+    run = subprocess.run(
+        [sys.executable, str(script)], env=os.environ | {"RENORM_CPU": instructions}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_kernels_can_be_turned_off() -> None:
+    code = "import renorm.ops.extension as e; print(e.available())"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"RENORM_CPU": "off"}, capture_output=True, text=True
+    )
+    assert run.stdout.strip() == "False", run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+def test_a_hundred_million_elements_of_a_channel(channels_last: bool) -> None:
+    x = torch.randn(100, 1, 1000, 1000) + 1e4
+    if channels_last:
+        x = x.reshape(10_000_000, 10)[:, :, None].expand(-1, -1, 1).contiguous()  # ten channels of ten million
+    exact_var, exact_mean = torch.var_mean(x.double(), [0, *range(2, x.ndim)], correction=0)
+    y, moments = functional.batch_norm(x)
+    torch.testing.assert_close(moments.mean[0].double(), exact_mean, rtol=1e-7, atol=0)
+    torch.testing.assert_close(moments.var[0].double(), exact_var, rtol=1e-5, atol=0)
+    mean, var = (moment.view(1, -1, *[1] * (x.ndim - 2)) for moment in (exact_mean, exact_var))
+    assert float((y - ((x.double() - mean) / (var + 1e-5).sqrt()).float()).abs().max()) < 1e-5 * 6
+
+
+def test_compiled_layers_contain_the_operation_once_per_direction() -> None:
+    layer = nn.Sequential(renorm.BatchRenorm2d(4, act="relu"), renorm.BatchRenorm2d(4))
+    torch._dynamo.reset()
+    graphs = torch._dynamo.explain(layer)(torch.randn(4, 4, 3, 3)).graphs
+    calls = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    assert calls.count("renorm.normalize.default") == 2
+    torch._dynamo.reset()
