@@ -43,7 +43,16 @@ kernels = CppExtension(
     # One build for every torch from 2.10 on, and every Python: it uses neither Python nor torch's C++ interface.
     define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
     extra_link_args=["-s"],
-    extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized"],
+    # -fwrapv, which Python's own flags bring, makes GCC 12 crash.
+    extra_compile_args=[
+        "-O3",
+        "-g0",
+        "-fno-wrapv",
+        "-std=c++17",
+        "-fvisibility=hidden",
+        "-Wno-psabi",
+        "-Wno-maybe-uninitialized",
+    ],
     py_limited_api=True,
     optional=True,
 )
