@@ -2,9 +2,10 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+BASE ?= HEAD
 OUT ?= runs
 
-.PHONY: setup demo test test-slow sanitize lint types bench clean
+.PHONY: setup demo test test-slow sanitize lint types bench bench-regression clean
 
 setup: $(VENV)/.ready
 
@@ -38,7 +39,11 @@ sanitize: ## the C++ kernels' own tests, plain and under the address, undefined-
 bench: setup ## about 40 minutes; then the tables and figures of docs/benchmarks.md
 	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/models.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/report.py
+
+bench-regression: setup ## ratio of times to another commit: make bench-regression BASE=main
+	$(BIN)/python benchmarks/regression.py $(BASE)
 
 clean:
 	rm -rf $(VENV) build dist src/renorm/_kernels.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -52,6 +52,7 @@ kernels = CppExtension(
         "-fvisibility=hidden",
         "-Wno-psabi",
         "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
     ],
     py_limited_api=True,
     optional=True,

@@ -1,128 +1,159 @@
-"""Time of a training step, ours against nn.BatchNorm, contenders interleaved round by round in one process.
+"""Times of single layers, ours against torch's and plain code, written to layers.csv.
 
-    python benchmarks/layers.py [--threads 1] [--rounds 30] [--csv benchmarks/results/layers.csv]
+    python benchmarks/layers.py [--quick] [--out benchmarks/results]
 
-Prints medians and the ratio to nn.BatchNorm: for single layers (forward and backward) in both memory formats, and for
-training steps of timm's resnet18 with every layer converted.
+Every case (input, layout, with or without ReLU and residual) runs all contenders interleaved in one process; there is
+one process for each allocator setting and number of threads.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
-from torch import nn
 
-import renorm
+import contenders
+from csvfiles import Row, write_machine, write_rows
+from harness import Budget, interleave
+from machine import describe
+from settings import ALLOCATORS, Setting, measure_with, thread_counts
+from shapes import LAYOUTS, Shape, shapes
+from steps import copy_step, eval_step, train_step
 
-SHAPES = [(32, 64, 32, 32), (32, 128, 16, 16), (32, 256, 8, 8), (32, 64, 56, 56), (16, 256, 28, 28)]
-LAYERS: dict[str, Callable[[int], nn.Module]] = {
-    "nn.BatchNorm2d": nn.BatchNorm2d,
-    "BatchNorm2d": renorm.BatchNorm2d,
-    "BatchRenorm2d": lambda channels: renorm.BatchRenorm2d(channels, limits=renorm.Limits.constant()),
-    "GhostBatchNorm2d": lambda channels: renorm.GhostBatchNorm2d(channels, 8),
-    "BatchGroupNorm2d": lambda channels: renorm.BatchGroupNorm2d(channels, 16),
+_BUDGET = Budget(seconds=0.4)
+_QUICK_BUDGET = Budget(seconds=0, least_rounds=3, warmup=1)
+_DEFAULT_ALLOCATOR_MB = 30
+_VARIANTS = {  # whether ReLU follows, and whether a residual is added before
+    "norm": (False, False),
+    "norm+relu": (True, False),
+    "norm+residual": (False, True),
+    "norm+residual+relu": (True, True),
 }
 
 
-def interleaved(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every round of every contender, after three rounds of warming up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 3):
-        for name, step in contenders.items():
-            start = time.perf_counter()
-            step()
-            if turn >= 3:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+@dataclass(frozen=True)
+class Case:
+    """What contenders are compared on.
 
+    Args:
+        shape: the input's.
+        layout: the input's.
+        mode: "train" or "eval".
+        variant: one of `_VARIANTS`.
+    """
 
-def layer_step(make: Callable[[int], nn.Module], x: torch.Tensor, dy: torch.Tensor) -> Callable[[], None]:
-    layer = make(x.shape[1])
+    shape: Shape
+    layout: str
+    mode: str
+    variant: str
 
-    def step() -> None:
-        x.grad = None
-        layer(x).backward(dy)
-
-    return step
-
-
-def layer_rows(rounds: int) -> Iterator[dict[str, object]]:
-    for shape in SHAPES:
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            x = torch.randn(shape).contiguous(memory_format=memory_format).requires_grad_()
-            dy = torch.randn_like(x)
-            steps = {name: layer_step(make, x, dy) for name, make in LAYERS.items()}
-            subject = f"{'x'.join(map(str, shape))} {str(memory_format).removeprefix('torch.')}"
-            yield from rows(subject, interleaved(steps, rounds))
-
-
-def model_rows(rounds: int) -> Iterator[dict[str, object]]:
-    def step_of(convert: Callable[[nn.Module], nn.Module]) -> Callable[[], None]:
-        torch.manual_seed(0)
-        model = convert(timm.create_model("resnet18", num_classes=100))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        images, labels = torch.randn(16, 3, 96, 96), torch.randint(100, (16,))
-
-        def step() -> None:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-
-        return step
-
-    limits = renorm.Limits.constant()
-    steps = {
-        "nn.BatchNorm2d": step_of(lambda model: model),
-        "BatchRenorm2d": step_of(lambda model: renorm.convert(model, renorm.BatchRenorm, limits=limits)),
-    }
-    yield from rows("resnet18 step, 16 images of 96x96", interleaved(steps, rounds))
-
-
-def rows(subject: str, seconds: dict[str, list[float]]) -> Iterator[dict[str, object]]:
-    base = statistics.median(seconds["nn.BatchNorm2d"])
-    for name, times in seconds.items():
-        quartiles = statistics.quantiles(times, n=4)
-        yield {
-            "subject": subject,
-            "contender": name,
-            "threads": torch.get_num_threads(),
-            "median_ms": round(quartiles[1] * 1e3, 3),
-            "lower_quartile_ms": round(quartiles[0] * 1e3, 3),
-            "upper_quartile_ms": round(quartiles[2] * 1e3, 3),
-            "ratio": round(statistics.median(times) / base, 3),
-            "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
+    @property
+    def row(self) -> Row:
+        """The columns that name the case."""
+        return {
+            "network": self.shape.network,
+            "shape": self.shape.name,
+            "megabytes": round(self.shape.megabytes, 3),
+            "layout": self.layout,
+            "mode": self.mode,
+            "variant": self.variant,
         }
+
+
+def settings(quick: bool) -> list[Setting]:
+    """Both allocator settings, with each number of threads; two of these to try the script."""
+    counts = thread_counts()
+    if quick:
+        return [Setting("kept", counts[0]), Setting("default", counts[-1])]
+    return [Setting(allocator, threads) for allocator in ALLOCATORS for threads in counts]
+
+
+def cases(setting: Setting, quick: bool) -> Iterator[Case]:
+    """The cases of a setting.
+
+    With kept memory all inputs are measured, and those of the core also with a residual and in evaluation. With the
+    default allocator it is the core as far as it is small: the page faults of a large input take seconds.
+    """
+    kept = setting.allocator == "kept"
+    for shape in shapes(quick):
+        if not kept and not (shape.core and shape.megabytes < _DEFAULT_ALLOCATOR_MB):
+            continue
+        for layout in LAYOUTS:
+            for variant, (_, residual) in _VARIANTS.items():
+                if not residual or (kept and shape.core):
+                    yield Case(shape, layout, "train", variant)
+            if kept and shape.core:
+                yield Case(shape, layout, "eval", "norm")
+
+
+def makers(case: Case, setting: Setting) -> dict[str, contenders.Make]:
+    """The layers that take part in a case, by name."""
+    if case.mode == "eval":
+        return contenders.EVALUATED
+    chosen = dict(contenders.EAGER)
+    if case.variant == "norm" and setting.threads == 1:
+        chosen |= contenders.GROUPINGS
+    # Only there, since each takes seconds to compile.
+    if case.shape.core and setting == Setting("kept", 1) and "residual" not in case.variant:
+        chosen |= contenders.COMPILED
+    return chosen
+
+
+def measure(case: Case, setting: Setting, budget: Budget) -> Iterator[Row]:
+    """Run a case.
+
+    Args:
+        case: what to measure.
+        setting: of this process.
+        budget: how long.
+
+    Yields:
+        A row for each contender and direction.
+    """
+    torch._dynamo.reset()  # or the compiler meets its limit of variants of a function, and falls back to eager
+    torch.manual_seed(0)
+    relu, with_residual = _VARIANTS[case.variant]
+    x = case.shape.tensor(case.layout)
+    residual = case.shape.tensor(case.layout) if with_residual else None
+    steps = {contenders.COPY: copy_step(x)}
+    for name, make in makers(case, setting).items():
+        layer = make(x.shape[1], relu)
+        steps[name] = eval_step(layer.eval(), x) if case.mode == "eval" else train_step(layer, x, residual)
+    for name, samples in interleave(steps, budget).items():
+        for direction in samples.seconds:
+            yield case.row | {"contender": name, "direction": direction} | samples.row(direction)
+
+
+def work(setting: Setting, quick: bool) -> None:
+    """Measure everything of a setting in this process, and print rows as JSON."""
+    torch.set_num_threads(setting.threads)
+    for case in cases(setting, quick):
+        for row in measure(case, setting, _QUICK_BUDGET if quick else _BUDGET):
+            print(json.dumps(row), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV files")
+    parser.add_argument("--quick", action="store_true", help="tiny inputs and few rounds, to try the script")
+    parser.add_argument("--worker", nargs=2, metavar=("ALLOCATOR", "THREADS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    results = []
-    for row in (*layer_rows(options.rounds), *model_rows(max(5, options.rounds // 3))):
-        results.append(row)
-        print(f"{row['subject']:45} {row['contender']:18} {row['median_ms']:9.3f} ms  x{row['ratio']:.2f}")
-    if options.csv is None:
+    if options.worker:
+        allocator, threads = options.worker
+        work(Setting(allocator, int(threads)), options.quick)
         return
-    options.csv.parent.mkdir(parents=True, exist_ok=True)
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, results[0])
-        writer.writeheader()
-        writer.writerows(results)
+    rows = []
+    for setting in settings(options.quick):
+        for row in measure_with(setting, __file__, ["--quick"] * options.quick):
+            rows.append(row)
+            print(*row.values(), sep="  ", flush=True)
+        write_rows(options.out / "layers.csv", rows)  # an interrupted run keeps what it has
+    write_machine(options.out / "layers-machine.csv", describe())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -194,6 +194,13 @@ RENORM_INLINE void reduce_run(int64_t length, Vector<A> (&sums)[2][N], F&& body)
   body(0, Partial<A>{length}, sums[0]);
 }
 
+#if RENORM_VECTOR_BYTES == 64
+template <class A>
+RENORM_INLINE A sum_of_lanes(Vector<A> value) {
+  if constexpr (sizeof(A) == sizeof(float)) return _mm512_reduce_add_ps((__m512)value);
+  return _mm512_reduce_add_pd((__m512d)value);
+}
+#else
 template <class A>
 RENORM_INLINE A sum_of_lanes(Vector<A> value) {
   A lanes[kLanes<A>];
@@ -202,6 +209,7 @@ RENORM_INLINE A sum_of_lanes(Vector<A> value) {
     for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
 }
+#endif
 
 // Memory for a call; not std::vector, whose code one instruction set would compile for all.
 template <class T>

@@ -13,6 +13,7 @@ from .activation import Activation, require_activation
 from .checks import check_channels, check_example_weight
 from .grouping import Grouping
 from .limits import Limits
+from .ops.normalize import suits_kernels
 from .ops.snapshot import snapshot
 from .ops.types import Running
 from .tracking import RunningState, Tracking, commit, require_tracking
@@ -223,7 +224,7 @@ class Norm(nn.Module):
         self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None
     ) -> Tensor:
         state = self._state() if self.track_running_stats else None
-        running = None if state is None or self.limits is None else self._running(x, state, self.limits)
+        running = None if state is None or self.limits is None else self._running(x, residual, state, self.limits)
         eps = self.eps * 1.0  # the compiler must meet a float of the module outside autograd.Function first
         y, moments = F.normalize_batch(x, self.weight, self.bias, mask, running, self.grouping, eps, residual, act)
         if state is not None and x.numel() > 0:
@@ -237,12 +238,14 @@ class Norm(nn.Module):
         # from the dict, since every attribute of a module that is a buffer costs half a microsecond
         return RunningState(*(self._buffers[name] for name in _STATE))  # type: ignore[arg-type]
 
-    def _running(self, x: Tensor, state: RunningState, limits: Limits) -> Running:
-        mean, var, step = snapshot(state.mean), snapshot(state.var), snapshot(state.steps)
+    def _running(self, x: Tensor, residual: Tensor | None, state: RunningState, limits: Limits) -> Running:
+        mean, var, steps = state.mean, state.var, state.steps
+        if not suits_kernels(x, residual):  # these keep r and d themselves
+            mean, var, steps = snapshot(mean), snapshot(var), snapshot(steps)
         dtype = torch.promote_types(x.dtype, torch.float32)
         if mean.dtype != dtype:
             mean, var = mean.to(dtype), var.to(dtype)
-        return Running(mean, var, *limits(step, dtype))
+        return Running(mean, var, *limits(steps, dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers[name] for name in _STATISTICS}

@@ -12,6 +12,19 @@ from .composed import compose, finish
 from .types import Correction, Running
 
 
+def suits_kernels(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether `normalize` goes by the C++ kernels.
+
+    Args:
+        x: input, (N, C, *S).
+        residual: added before the activation, or None.
+
+    Returns:
+        False where torch's own operations do it.
+    """
+    return extension.suits(x) and (residual is None or residual.dtype == x.dtype)
+
+
 def normalize(
     x: Tensor,
     weight: Tensor | None,
@@ -39,7 +52,7 @@ def normalize(
     Returns:
         The output, 0 where masked, and the moments, which are constants for autograd.
     """
-    if extension.suits(x) and (residual is None or residual.dtype == x.dtype):
+    if suits_kernels(x, residual):
         return fused.normalize(x, weight, bias, mask, residual, correction, grouping, eps, act)
     y, moments = compose(x, weight, bias, mask, correction, grouping, eps)
     return finish(y, mask, residual, act), moments

@@ -1,0 +1,128 @@
+"""What was promised of speed and memory, and whether the result files keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import contenders as c
+from csvfiles import Row
+from ratios import Ratio, mean, ratios, select, worst
+from shapes import LAYOUTS
+
+_LARGE_MB, _COPY_BOUND_MB = 1, 100
+_BARRED_THREADS = (1, 2)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A promise.
+
+    Args:
+        subject: what is measured.
+        limit: the most it may be; None where it is only reported.
+        measured: the value, None if nothing was measured.
+        remark: how the value came about.
+    """
+
+    subject: str
+    limit: float | None
+    measured: float | None
+    remark: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """Whether it is kept."""
+        if self.measured is None:
+            return "not measured"
+        if self.limit is None:
+            return "reported"
+        return "met" if self.measured <= self.limit else "NOT MET"
+
+
+def all_bars(layers: list[Row], models: list[Row], memory: list[Row]) -> list[Bar]:
+    """Every bar.
+
+    Args:
+        layers: rows of layers.csv.
+        models: rows of models.csv.
+        memory: rows of memory.csv.
+
+    Returns:
+        The bars, in the order of the table.
+    """
+    kept = select(layers, allocator="kept")
+    training = select(kept, mode="train", direction="both")
+    return [
+        *_against_batch_norm(training),
+        *_each_shape(training),
+        _mean_bar("BatchRenorm2d / plain code", 0.08, ratios(_alone(training), c.OURS, c.PLAIN)),
+        *_against_copy(select(kept, mode="train", direction="forward", variant="norm")),
+        *_models(select(models, allocator="kept", threads=1)),
+        *_groupings(_alone(training)),
+        _memory(memory),
+        *_inference(select(kept, mode="eval", direction="forward", threads=1)),
+    ]
+
+
+def _alone(training: list[Row]) -> list[Row]:
+    return select(training, variant="norm", threads=1)
+
+
+def _mean_bar(subject: str, limit: float | None, values: list[Ratio]) -> Bar:
+    return Bar(subject, limit, mean(values), f"mean of {len(values)}; worst {worst(values)}" if values else "")
+
+
+def _worst_bar(subject: str, limit: float, values: list[Ratio]) -> Bar:
+    top = worst(values)
+    above = sum(ratio.value > limit for ratio in values)
+    if top is None:
+        return Bar(subject, limit, None)
+    return Bar(subject, limit, top.value, f"worst of {len(values)}, {above} above: {top}")
+
+
+def _against_batch_norm(training: list[Row]) -> Iterator[Bar]:
+    limits = {("norm", "contiguous"): 0.40, ("norm", "channels_last"): 0.60,
+              ("norm+relu", "contiguous"): 0.40, ("norm+relu", "channels_last"): 0.55}  # fmt: skip
+    for (variant, layout), limit in limits.items():
+        rows = select(training, variant=variant, layout=layout, threads=1)
+        yield _mean_bar(
+            f"BatchRenorm2d / nn.BatchNorm2d, {variant}, {layout}", limit, ratios(rows, c.OURS, c.BATCH_NORM)
+        )
+
+
+def _each_shape(training: list[Row]) -> Iterator[Bar]:
+    barred = [ratio for ratio in ratios(training, c.OURS, c.BATCH_NORM) if ratio.row["threads"] in _BARRED_THREADS]
+    large = [ratio for ratio in barred if float(ratio.row["megabytes"]) >= _LARGE_MB]
+    small = [ratio for ratio in barred if float(ratio.row["megabytes"]) < _LARGE_MB]
+    yield _worst_bar("any input of 1 MB or more, 1 or 2 threads", 1.00, large)
+    yield _worst_bar("any smaller input, 1 or 2 threads", 1.50, small)
+
+
+def _against_copy(forward: list[Row]) -> Iterator[Bar]:
+    large = [row for row in forward if float(row["megabytes"]) > _COPY_BOUND_MB and row["threads"] in _BARRED_THREADS]
+    for layout, limit in zip(LAYOUTS, (1.5, 1.8), strict=True):
+        values = ratios(select(large, layout=layout), c.OURS, c.COPY)
+        yield _worst_bar(f"forward / copy, over 100 MB, {layout}", limit, values)
+
+
+def _models(rows: list[Row]) -> Iterator[Bar]:
+    limits = {("ResNet-18 CIFAR", c.OURS): 0.98, ("ResNet-18 CIFAR", c.OURS_FUSED): 0.96,
+              ("ResNet-20 CIFAR", c.OURS_FUSED): 0.85, ("mobilenetv2_100", c.OURS_FUSED): 0.85}  # fmt: skip
+    for (network, contender), limit in limits.items():
+        values = ratios(select(rows, network=network), contender, c.BATCH_NORM)
+        yield Bar(f"training step, {network}, {contender}", limit, mean(values))
+
+
+def _groupings(alone: list[Row]) -> Iterator[Bar]:
+    for grouping in (c.OUR_GHOST, c.OUR_BATCH_GROUP, c.OUR_GROUP):
+        yield _mean_bar(f"{grouping} / {c.OUR_BATCH}", 1.15, ratios(alone, grouping, c.OUR_BATCH))
+
+
+def _memory(rows: list[Row]) -> Bar:
+    return _worst_bar("saved for backward, norm + ReLU", 0.75, ratios(rows, c.OURS, c.BATCH_NORM, "saved_megabytes"))
+
+
+def _inference(rows: list[Row]) -> Iterator[Bar]:
+    yield _mean_bar("inference, alpha = 0 / nn.BatchNorm2d", 1.05, ratios(rows, c.OURS, c.BATCH_NORM))
+    yield _mean_bar("inference, alpha = 0.1 / alpha = 0", None, ratios(rows, c.OURS_WEIGHTED, c.OURS))

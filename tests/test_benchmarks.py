@@ -1,0 +1,138 @@
+"""The benchmarks: that contenders compute the same, that memory and bars are counted right, that the scripts run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts import each other by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("ours", "other"), [("BatchRenorm2d", "plain code"), ("BatchNorm2d", "nn.BatchNorm2d")])
+def test_contenders_compute_the_same(ours: str, other: str, relu: bool, residual: bool) -> None:
+    import contenders
+
+    x, shortcut, dy = (torch.randn(4, 16, 5, 5) for _ in range(3))
+    extra = {"residual": shortcut} if residual else {}
+    results = []
+    for name in (ours, other):
+        layer = (contenders.EAGER | contenders.GROUPINGS)[name](16, relu)
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf, **extra)
+        results.append((y, *torch.autograd.grad(y, (leaf, *layer.parameters()), dy)))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected.reshape(actual.shape), atol=1e-4, rtol=1e-4)
+
+
+def test_memory_saved_for_backward_is_that_of_distinct_storages() -> None:
+    import contenders
+    import memory
+
+    x = torch.randn(8, 16, 32, 32).requires_grad_()
+    saved = memory.saved_bytes(contenders.EAGER[contenders.BATCH_NORM](16, True), x)
+    assert saved == pytest.approx(2 * x.nbytes, rel=0.01)  # the input, for the norm, and the output, for ReLU
+
+
+def test_peak_memory_counts_what_is_alive_at_a_time() -> None:
+    import memory
+
+    x = torch.randn(1_000_000)
+    assert memory.peak_bytes(lambda: ((x + 1) + 1) + 1) == pytest.approx(2 * x.nbytes, rel=1e-3)
+    assert memory.peak_bytes(lambda: torch.stack((x + 1, x + 2))) == pytest.approx(4 * x.nbytes, rel=1e-3)
+
+
+def test_rounds_go_on_for_the_least_number_and_until_the_time_is_over() -> None:
+    from harness import Budget, interleave
+
+    calls: list[str] = []
+
+    def step(name: str, seconds: float) -> dict[str, float]:
+        calls.append(name)
+        return {"forward": seconds}
+
+    steps = {"a": lambda: step("a", 0.001), "b": lambda: step("b", 0.002)}
+    samples = interleave(steps, Budget(seconds=0, least_rounds=3, warmup=1))
+    assert len(calls) == 2 * (1 + 3)
+    assert samples["b"].row("forward")["median_ms"] == 2
+    assert samples["b"].row("forward")["rounds"] == 3
+    assert interleave(steps, Budget(seconds=0.01, least_rounds=1))["a"].row("forward")["rounds"] > 1
+
+
+def row(contender: str, milliseconds: float, **others: Any) -> dict[str, Any]:
+    """A row of layers.csv."""
+    common = {
+        "allocator": "kept", "threads": 1, "network": "any", "shape": "1x1x1x1", "megabytes": 2.0, "mode": "train",
+        "layout": "contiguous", "variant": "norm", "direction": "both",
+    }  # fmt: skip
+    return common | {"contender": contender, "median_ms": milliseconds} | others
+
+
+def test_bars_are_means_and_worst_cases_of_ratios_on_the_same_case() -> None:
+    from bars import all_bars
+
+    layers = [
+        row("nn.BatchNorm2d", 1.0),
+        row("BatchRenorm2d", 0.2),
+        row("nn.BatchNorm2d", 1.0, shape="2x2x2x2"),
+        row("BatchRenorm2d", 1.8, shape="2x2x2x2"),
+        row("nn.BatchNorm2d", 100.0, allocator="default"),
+        row("BatchRenorm2d", 0.1, threads=64),
+    ]
+    found = {bar.subject: bar for bar in all_bars(layers, models=[], memory=[])}
+    mean = found["BatchRenorm2d / nn.BatchNorm2d, norm, contiguous"]
+    assert mean.measured == pytest.approx(0.6)
+    assert mean.verdict == "NOT MET"
+    worst = found["any input of 1 MB or more, 1 or 2 threads"]
+    assert worst.measured == pytest.approx(1.8)
+    assert "2x2x2x2" in worst.remark
+    assert found["saved for backward, norm + ReLU"].verdict == "not measured"
+
+
+def test_a_regression_is_the_ratio_of_medians_of_alternating_visits() -> None:
+    import regression
+
+    visits: list[str] = []
+
+    def version(name: str, seconds: list[float]) -> Any:
+        return SimpleNamespace(name=name, seconds=lambda case: visits.append(name) or seconds.pop(0))
+
+    warmup = [9.0] * 3
+    base, head = version("base", [*warmup, 1.0, 1.0, 5.0]), version("head", [*warmup, 2.0, 0.1, 3.0])
+    assert regression.ratio("any", base, head, rounds=3) == pytest.approx(2.0)
+    assert all(set(visits[turn : turn + 2]) == {"base", "head"} for turn in range(0, len(visits), 2))
+
+
+@pytest.mark.slow
+def test_every_script_runs_from_measuring_to_the_page(tmp_path: Path) -> None:
+    for script in ("layers", "models", "memory"):
+        run(script, "--quick", "--out", str(tmp_path))
+    printed = run("report", "--results", str(tmp_path), "--docs", str(tmp_path / "docs"))
+    assert "BatchRenorm2d / plain code" in printed
+    page = (tmp_path / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert "$" not in page
+    for figure in ("copies.png", "models.png"):
+        assert (tmp_path / "docs" / "figures" / figure).stat().st_size > 0
+        assert f"figures/{figure}" in page
+
+
+def run(script: str, *arguments: str) -> str:
+    """Run a script as a user would, and return what it prints."""
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments]
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
