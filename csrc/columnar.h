@@ -7,7 +7,7 @@ namespace renorm {
 namespace RENORM_ISA {
 
 struct Region {
-  static constexpr int64_t kBlockElements = 16384, kMostRows = 64, kLeastRows = 4, kBlocksPerSegment = 16;
+  static constexpr int64_t kBlockElements = 16384, kMostRows = 64, kLeastRows = 4, kBlocks = 2, kMostSegments = 64;
   int64_t offset, rows, stride, width, leftover;  // a last, shorter row has `leftover` columns
   int64_t first_channel, channels;
   bool cyclic;        // whether column j is channel j % channels, or channel j / (columns per channel)
@@ -21,7 +21,11 @@ struct Region {
     const int64_t fitting = kBlockElements / width;
     return fitting < kLeastRows ? kLeastRows : fitting > kMostRows ? kMostRows : fitting;
   }
-  int64_t segment_rows() const { return block_rows() * kBlocksPerSegment; }
+  // What one thread takes: some blocks, more where there would be too many segments to merge.
+  int64_t segment_rows() const {
+    const int64_t blocks = (rows + block_rows() - 1) / block_rows(), fair = (blocks + kMostSegments - 1) / kMostSegments;
+    return block_rows() * (fair < kBlocks ? kBlocks : fair);
+  }
   int64_t segments() const { return rows ? (rows + segment_rows() - 1) / segment_rows() : 0; }
   int64_t segment_end(int64_t segment) const {
     const int64_t end = (segment + 1) * segment_rows();

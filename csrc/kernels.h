@@ -27,26 +27,24 @@ inline int64_t panels(const Shape& shape) {
   return (shape.channels + width - 1) / width;
 }
 
-inline int64_t elements(const Shape& shape) { return shape.examples * shape.channels * shape.positions; }
-
 template <class T, class ACT, bool MASKED>
 void run(const Forward<T>& problem) {
   const Shape& shape = problem.shape;
   if (shape.channels_last) {
-    for_units(problem.parallel, shape.groups(), elements(shape), [&](int64_t g, const Parallel& parallel) {
+    for_units(problem.parallel, shape.groups(), shape.elements(), [&](int64_t g, const Parallel& parallel) {
       forward_region<T, ACT, MASKED>(problem, parallel, g, rows_of_positions(shape, g, MASKED));
     });
     return;
   }
   if (has_short_planes(shape, MASKED)) {
     const int64_t count = panels(shape);
-    for_units(problem.parallel, shape.groups() * count, elements(shape), [&](int64_t unit, const Parallel& parallel) {
+    for_units(problem.parallel, shape.groups() * count, shape.elements(), [&](int64_t unit, const Parallel& parallel) {
       forward_region<T, ACT, false>(problem, parallel, unit / count, rows_of_examples(shape, unit / count, unit % count));
     });
     return;
   }
   const int64_t count = shape.channel_groups();
-  for_units(problem.parallel, shape.groups() * count, elements(shape), [&](int64_t unit, const Parallel& parallel) {
+  for_units(problem.parallel, shape.groups() * count, shape.elements(), [&](int64_t unit, const Parallel& parallel) {
     forward_planar_unit<T, ACT, MASKED>(problem, parallel, unit / count, unit % count);
   });
 }
@@ -59,18 +57,18 @@ void run(const Backward<T>& problem) {
   const auto dweight = [&](int64_t g) { return gradients.data + g * channels; };
   const auto dbias = [&](int64_t g) { return gradients.data + (groups + g) * channels; };
   if (shape.channels_last) {
-    for_units(problem.parallel, groups, elements(shape), [&](int64_t g, const Parallel& parallel) {
+    for_units(problem.parallel, groups, shape.elements(), [&](int64_t g, const Parallel& parallel) {
       backward_region<T, ACT, MASKED>(problem, parallel, g, rows_of_positions(shape, g, MASKED), dweight(g), dbias(g));
     });
   } else if (has_short_planes(shape, MASKED)) {
     const int64_t count = panels(shape);
-    for_units(problem.parallel, groups * count, elements(shape), [&](int64_t unit, const Parallel& parallel) {
+    for_units(problem.parallel, groups * count, shape.elements(), [&](int64_t unit, const Parallel& parallel) {
       const int64_t g = unit / count;
       backward_region<T, ACT, false>(problem, parallel, g, rows_of_examples(shape, g, unit % count), dweight(g), dbias(g));
     });
   } else {
     const int64_t count = shape.channel_groups();
-    for_units(problem.parallel, groups * count, elements(shape), [&](int64_t unit, const Parallel& parallel) {
+    for_units(problem.parallel, groups * count, shape.elements(), [&](int64_t unit, const Parallel& parallel) {
       const int64_t g = unit / count;
       backward_planar_unit<T, ACT, MASKED>(problem, parallel, g, unit % count, dweight(g), dbias(g));
     });

@@ -34,6 +34,14 @@ struct Chunks {
   }
 };
 
+// A plane is read from its beginning to its end, and then another one far away, whose beginning no hardware foresees.
+template <class T>
+RENORM_INLINE void prefetch_plane(const T* from, const Shape& shape) {
+  constexpr int64_t kLine = 64 / sizeof(T), kMost = 8;
+  const int64_t lines = shape.positions / kLine < kMost ? shape.positions / kLine : kMost;
+  for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(from + i * kLine);
+}
+
 template <class T, bool MASKED>
 Moments moments_of_chunk(const Forward<T>& problem, const Chunks& chunks, int64_t channel, int64_t index) {
   using A = Accumulation<T>;
@@ -41,6 +49,8 @@ Moments moments_of_chunk(const Forward<T>& problem, const Chunks& chunks, int64_
   int64_t count = 0;
   chunks.for_runs(channel, index, [&](int64_t at, [[maybe_unused]] int64_t mask_at, int64_t length) RENORM_LAMBDA {
     count += length;
+    const int64_t next = at + problem.shape.channels * problem.shape.positions;
+    if (next < problem.shape.elements()) prefetch_plane(problem.x + next, problem.shape);
     reduce_run<2, A>(length, totals, [&](int64_t i, auto lanes, Vector<A>(&sums)[2]) RENORM_LAMBDA {
       Vector<A> value = lanes.load(problem.x + at + i);
       if constexpr (MASKED) {
@@ -114,6 +124,11 @@ Sums sums_of_chunk(const Backward<T>& problem, const Chunks& chunks, int64_t g, 
   Vector<A> sums[2][3] = {};
   chunks.for_runs(channel, index, [&](int64_t at, int64_t mask_at, int64_t length) RENORM_LAMBDA {
     const Streams<T, ACT, MASKED> streams(problem, at, mask_at);
+    const int64_t next = at + problem.shape.channels * problem.shape.positions;
+    if (next < problem.shape.elements()) {
+      prefetch_plane(problem.x + next, problem.shape);
+      prefetch_plane(problem.dy + next, problem.shape);
+    }
     reduce_run<3, A>(length, sums, [&](int64_t i, auto lanes, Vector<A>(&sum)[3]) RENORM_LAMBDA {
       const Pair<A> pair = streams.pair_at(i, lanes, affine);
       const Vector<A> gradient = lanes.own(pair.gradient), centered = lanes.own(pair.centered);

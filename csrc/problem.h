@@ -37,6 +37,7 @@ struct Shape {
   int64_t group_end(int64_t group) const {
     return group + 1 == groups() ? examples : (group + 1) * examples_per_group;
   }
+  int64_t elements() const { return examples * channels * positions; }
   int64_t channel_groups() const { return channels / channels_per_group; }
 };
 

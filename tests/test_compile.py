@@ -145,3 +145,19 @@ def test_a_model_compiles_in_whole() -> None:
 def test_the_default_compiler_gives_the_same(name: str) -> None:
     batches = [torch.randn(6, 4, 3, 3) * (1 + i) + i for i in range(4)]
     assert assert_same_steps(LAYERS[name](), batches, backend="inductor") == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_exports(training: bool, each_backend: str) -> None:
+    layer = renorm.BatchRenorm2d(4, limits=renorm.Limits.constant(), act="relu").train(training)
+    x, eager = torch.randn(6, 4, 3, 3), copy.deepcopy(layer)
+    exported = torch.export.export(layer, (x,))
+    calls = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert any("renorm.normalize" in call for call in calls) == (training and each_backend == "kernels")
+    if not training:  # what other runtimes are to understand is torch's alone
+        assert not any("renorm" in call for call in calls)
+    module = exported.module()
+    for batch in (x, x * 2 + 1):
+        torch.testing.assert_close(module(batch), eager(batch))
+    for (name, actual), expected in zip(module.named_buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(actual, expected, msg=lambda text, name=name: f"{name}: {text}")
