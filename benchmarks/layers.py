@@ -24,7 +24,7 @@ from settings import ALLOCATORS, Setting, measure_with, thread_counts
 from shapes import LAYOUTS, Shape, shapes
 from steps import copy_step, eval_step, train_step
 
-_BUDGET = Budget(seconds=0.4)
+_BUDGET = Budget(seconds=0.3)
 _QUICK_BUDGET = Budget(seconds=0, least_rounds=3, warmup=1)
 _DEFAULT_ALLOCATOR_MB = 30
 _VARIANTS = {  # whether ReLU follows, and whether a residual is added before
