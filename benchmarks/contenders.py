@@ -18,6 +18,7 @@ COPY = "copy"
 OURS, OUR_BATCH, OUR_GHOST = "BatchRenorm2d", "BatchNorm2d", "GhostBatchNorm2d"
 OUR_BATCH_GROUP, OUR_GROUP = "BatchGroupNorm2d", "BatchGroupNorm2d, 1 example"
 OURS_FUSED = "BatchRenorm2d, fused"
+OURS_COMPILED, OURS_FUSED_COMPILED = "BatchRenorm2d compiled", "BatchRenorm2d, fused, compiled"
 OURS_WEIGHTED = "BatchRenorm2d, alpha = 0.1"
 
 _GROUPS = 16  # divides the channels of every layer measured
@@ -115,7 +116,11 @@ EAGER: dict[str, Make] = {
     GROUP_NORM: _composed(lambda channels: nn.GroupNorm(_GROUPS, channels)),
     OURS: _ours,
 }
-COMPILED: dict[str, Make] = {BATCH_NORM_COMPILED: compiled(_batch_norm), PLAIN_COMPILED: compiled(_plain)}
+COMPILED: dict[str, Make] = {
+    BATCH_NORM_COMPILED: compiled(_batch_norm),
+    PLAIN_COMPILED: compiled(_plain),
+    OURS_COMPILED: compiled(_ours),
+}
 GROUPINGS: dict[str, Make] = {
     OUR_BATCH: _fused(renorm.BatchNorm2d),
     OUR_GHOST: _fused(renorm.GhostBatchNorm2d, examples_per_group=_GHOST_EXAMPLES),

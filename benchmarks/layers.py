@@ -8,19 +8,16 @@ one process for each allocator setting and number of threads.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 import contenders
-from csvfiles import Row, write_machine, write_rows
+from command import run
+from csvfiles import Row
 from harness import Budget, interleave
-from machine import describe
-from settings import ALLOCATORS, Setting, measure_with, thread_counts
+from settings import ALLOCATORS, Setting, thread_counts
 from shapes import LAYOUTS, Shape, shapes
 from steps import copy_step, eval_step, train_step
 
@@ -128,32 +125,11 @@ def measure(case: Case, setting: Setting, budget: Budget) -> Iterator[Row]:
             yield case.row | {"contender": name, "direction": direction} | samples.row(direction)
 
 
-def work(setting: Setting, quick: bool) -> None:
-    """Measure everything of a setting in this process, and print rows as JSON."""
-    torch.set_num_threads(setting.threads)
+def work(setting: Setting, quick: bool) -> Iterator[Row]:
+    """Measure everything of a setting in this process."""
     for case in cases(setting, quick):
-        for row in measure(case, setting, _QUICK_BUDGET if quick else _BUDGET):
-            print(json.dumps(row), flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV files")
-    parser.add_argument("--quick", action="store_true", help="tiny inputs and few rounds, to try the script")
-    parser.add_argument("--worker", nargs=2, metavar=("ALLOCATOR", "THREADS"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        allocator, threads = options.worker
-        work(Setting(allocator, int(threads)), options.quick)
-        return
-    rows = []
-    for setting in settings(options.quick):
-        for row in measure_with(setting, __file__, ["--quick"] * options.quick):
-            rows.append(row)
-            print(*row.values(), sep="  ", flush=True)
-        write_rows(options.out / "layers.csv", rows)  # an interrupted run keeps what it has
-    write_machine(options.out / "layers-machine.csv", describe())
+        yield from measure(case, setting, _QUICK_BUDGET if quick else _BUDGET)
 
 
 if __name__ == "__main__":
-    main()
+    run(__file__, __doc__, settings, work)

@@ -8,20 +8,16 @@ threads.
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
-from torch import nn
 
-from csvfiles import Row, write_machine, write_rows
+from command import run
+from csvfiles import Row
 from harness import Budget, Step, interleave
-from machine import describe
 from memory import peak_bytes
-from networks import NETWORKS, QUICK_NETWORKS, VARIANTS, Network
-from settings import Setting, measure_with, thread_counts
+from networks import COMPILED, NETWORKS, QUICK_NETWORKS, VARIANTS, Change, Network
+from settings import Setting, thread_counts
 from steps import network_step
 
 _BUDGET = Budget(seconds=10, warmup=1)
@@ -42,17 +38,23 @@ def networks(setting: Setting, quick: bool) -> list[Network]:
     return [network for network in NETWORKS if network.barred or setting.allocator == "kept"]
 
 
-def measure(network: Network, budget: Budget) -> Iterator[Row]:
+def variants(network: Network, setting: Setting) -> dict[str, Change]:
+    """The variants that take part: compiled ones once, since each takes a minute to compile."""
+    return VARIANTS | (COMPILED if network.compiled and setting == Setting("kept", 1) else {})
+
+
+def measure(network: Network, setting: Setting, budget: Budget) -> Iterator[Row]:
     """Time the training steps of a network's variants.
 
     Args:
         network: the network.
+        setting: of this process.
         budget: how long.
 
     Yields:
         A row for each variant.
     """
-    steps = {name: training_step(network, change) for name, change in VARIANTS.items()}
+    steps = {name: training_step(network, change) for name, change in variants(network, setting).items()}
     peaks = {}
     for name, step in steps.items():
         step()  # the optimizer's memory stays from here on
@@ -70,39 +72,18 @@ def measure(network: Network, budget: Budget) -> Iterator[Row]:
         }
 
 
-def training_step(network: Network, change: Callable[[nn.Module], nn.Module]) -> Step:
+def training_step(network: Network, change: Change) -> Step:
     """A step of a variant of a network; weights and images are the same for all of them."""
     torch.manual_seed(0)
     model = change(network.build()).train()
     return network_step(model, torch.randn(network.batch, 3, network.size, network.size))
 
 
-def work(setting: Setting, quick: bool) -> None:
-    """Measure everything of a setting in this process, and print rows as JSON."""
-    torch.set_num_threads(setting.threads)
+def work(setting: Setting, quick: bool) -> Iterator[Row]:
+    """Measure everything of a setting in this process."""
     for network in networks(setting, quick):
-        for row in measure(network, _QUICK_BUDGET if quick else _BUDGET):
-            print(json.dumps(row), flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV files")
-    parser.add_argument("--quick", action="store_true", help="one small network and few rounds, to try the script")
-    parser.add_argument("--worker", nargs=2, metavar=("ALLOCATOR", "THREADS"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        allocator, threads = options.worker
-        work(Setting(allocator, int(threads)), options.quick)
-        return
-    rows = []
-    for setting in settings(options.quick):
-        for row in measure_with(setting, __file__, ["--quick"] * options.quick):
-            rows.append(row)
-            print(*row.values(), sep="  ", flush=True)
-        write_rows(options.out / "models.csv", rows)  # an interrupted run keeps what it has
-    write_machine(options.out / "models-machine.csv", describe("timm", "torchvision"))
+        yield from measure(network, setting, _QUICK_BUDGET if quick else _BUDGET)
 
 
 if __name__ == "__main__":
-    main()
+    run(__file__, __doc__, settings, work, "timm", "torchvision")

@@ -11,8 +11,20 @@ import torchvision
 from torch import nn
 
 import renorm
-from contenders import BATCH_NORM, OURS, OURS_FUSED, PLAIN, PlainBatchRenorm2d
+from contenders import (
+    BATCH_NORM,
+    BATCH_NORM_COMPILED,
+    OURS,
+    OURS_COMPILED,
+    OURS_FUSED,
+    OURS_FUSED_COMPILED,
+    PLAIN,
+    PlainBatchRenorm2d,
+)
 from renorm.lab.models import resnet
+
+# From the network with nn.BatchNorm2d to a variant of it.
+Change = Callable[[nn.Module], nn.Module]
 
 _CLASSES = 128  # every image of a batch has a class of its own
 
@@ -27,6 +39,7 @@ class Network:
         batch: images of a step.
         size: height and width of an image.
         barred: whether a bar is set for it, so that it is measured in every setting.
+        compiled: whether its compiled variants are measured too.
     """
 
     name: str
@@ -34,6 +47,7 @@ class Network:
     batch: int
     size: int
     barred: bool = False
+    compiled: bool = False
 
 
 def resnet18_cifar() -> nn.Module:
@@ -55,7 +69,7 @@ def _timm(name: str) -> Callable[[], nn.Module]:
 
 NETWORKS = (
     Network("ResNet-18 CIFAR", resnet18_cifar, 32, 32, barred=True),
-    Network("ResNet-20 CIFAR", resnet20_cifar, 128, 32, barred=True),
+    Network("ResNet-20 CIFAR", resnet20_cifar, 128, 32, barred=True, compiled=True),
     Network("mobilenetv2_100", _timm("mobilenetv2_100"), 16, 224, barred=True),
     Network("efficientnet_b0", _timm("efficientnet_b0"), 8, 224),
     Network("ResNet-50", _timm("resnet50"), 4, 224),
@@ -90,9 +104,25 @@ def _plain_layer(layer: nn.BatchNorm2d) -> nn.Module:
     return norm if act is None else nn.Sequential(norm, act)
 
 
-VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+def compiled(change: Change) -> Change:
+    """The variant under torch.compile, without falling back to eager anywhere."""
+
+    def change_and_compile(model: nn.Module) -> nn.Module:
+        changed = change(model)
+        changed.compile(fullgraph=True, dynamic=False)
+        return changed
+
+    return change_and_compile
+
+
+VARIANTS: dict[str, Change] = {
     BATCH_NORM: lambda model: model,
     PLAIN: plain,
     OURS: ours,
     OURS_FUSED: ours_fused,
+}
+COMPILED: dict[str, Change] = {
+    BATCH_NORM_COMPILED: compiled(VARIANTS[BATCH_NORM]),
+    OURS_COMPILED: compiled(ours),
+    OURS_FUSED_COMPILED: compiled(ours_fused),
 }

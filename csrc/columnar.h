@@ -7,7 +7,7 @@ namespace renorm {
 namespace RENORM_ISA {
 
 struct Region {
-  static constexpr int64_t kBlockElements = 16384, kMostRows = 64, kLeastRows = 4, kBlocks = 2, kMostSegments = 64;
+  static constexpr int64_t kBlockElements = 32768, kMostRows = 128, kLeastRows = 32, kMostSegments = 64;
   int64_t offset, rows, stride, width, leftover;  // a last, shorter row has `leftover` columns
   int64_t first_channel, channels;
   bool cyclic;        // whether column j is channel j % channels, or channel j / (columns per channel)
@@ -21,10 +21,10 @@ struct Region {
     const int64_t fitting = kBlockElements / width;
     return fitting < kLeastRows ? kLeastRows : fitting > kMostRows ? kMostRows : fitting;
   }
-  // What one thread takes: some blocks, more where there would be too many segments to merge.
+  // What one thread takes: a block, or several where there would be too many segments to merge.
   int64_t segment_rows() const {
-    const int64_t blocks = (rows + block_rows() - 1) / block_rows(), fair = (blocks + kMostSegments - 1) / kMostSegments;
-    return block_rows() * (fair < kBlocks ? kBlocks : fair);
+    const int64_t blocks = (rows + block_rows() - 1) / block_rows();
+    return block_rows() * ((blocks + kMostSegments - 1) / kMostSegments);
   }
   int64_t segments() const { return rows ? (rows + segment_rows() - 1) / segment_rows() : 0; }
   int64_t segment_end(int64_t segment) const {
@@ -49,13 +49,6 @@ inline Region rows_of_positions(const Shape& shape, int64_t g, bool masked) {
           positions % repeat * shape.channels, 0, shape.channels, true, first * shape.positions};
 }
 
-// Panels of whole channel groups, wide enough to be read in order.
-inline int64_t channels_per_panel(const Shape& shape) {
-  constexpr int64_t kPanel = 1024;
-  const int64_t k = shape.channels_per_group, fitting = kPanel / shape.positions / k * k;
-  return fitting < k ? k : fitting;
-}
-
 inline Region rows_of_examples(const Shape& shape, int64_t g, int64_t panel) {
   const int64_t first = shape.group_begin(g), begin = panel * channels_per_panel(shape);
   const int64_t rest = shape.channels - begin, most = channels_per_panel(shape), channels = rest < most ? rest : most;
@@ -63,17 +56,15 @@ inline Region rows_of_examples(const Shape& shape, int64_t g, int64_t panel) {
           shape.channels * shape.positions, channels * shape.positions, 0, begin, channels, false, 0};
 }
 
-template <class A>
-void add_into(A* sums, const Vector<A>& value, int64_t i) { store(sums + i, load(sums + i) + value); }
-
 template <int N> struct Rows { static constexpr int count = N; };
 
-// Calls body(row, rows) for the rows of a block: four at a time where there is no mask, else one by one.
+// Calls body(row, rows) for the rows of a block: eight at a time where there is no mask, else one by one.
 template <bool MASKED, class F>
 RENORM_INLINE int64_t for_rows(const uint8_t* mask, int64_t begin, int64_t end, F&& body) {
+  constexpr int kMany = 8;
   int64_t row = begin, counted = 0;
   if constexpr (!MASKED)
-    for (; row + 4 <= end; row += 4, counted += 4) body(row, Rows<4>{});
+    for (; row + kMany <= end; row += kMany, counted += kMany) body(row, Rows<kMany>{});
   for (; row < end; ++row) {
     if (MASKED && !mask[row]) continue;
     body(row, Rows<1>{});
@@ -82,49 +73,78 @@ RENORM_INLINE int64_t for_rows(const uint8_t* mask, int64_t begin, int64_t end, 
   return counted;
 }
 
-// Moments of every column over the rows of a block, by sums of x less the column's mean over the block.
+// Moments of every column of a segment, from sums of deviations from a shift: the mean so far.
 template <class T, bool MASKED>
-void add_block(const Forward<T>& problem, const Region& region, int64_t begin, int64_t end, Accumulation<T>* scratch,
-               double* mean, double* m2, int64_t& count) {
+struct Columns {
   using A = Accumulation<T>;
-  const int64_t width = region.width, stride = region.stride;
-  A *shift = scratch, *sums = scratch + width, *squares = scratch + 2 * width;
-  for (int64_t j = 0; j < 3 * width; ++j) scratch[j] = 0;
-  const T* x = problem.x + region.offset;
-  const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
-  const int64_t counted = for_rows<MASKED>(mask, begin, end, [&](int64_t row, auto rows) RENORM_LAMBDA {
-    const T* from = x + row * stride;
-    for_run<A>(width, [&](int64_t i, auto lanes) RENORM_LAMBDA {
-      Vector<A> sum = lanes.load(from + i);
-      for (int r = 1; r < rows.count; ++r) sum += lanes.load(from + r * stride + i);
-      lanes.store(shift + i, lanes.load(shift + i) + lanes.own(sum));
-    });
-  });
-  if (counted == 0) return;
-  const A inverse = A(1) / A(counted);
-  for (int64_t j = 0; j < width; ++j) shift[j] *= inverse;
-  for_rows<MASKED>(mask, begin, end, [&](int64_t row, auto rows) RENORM_LAMBDA {
-    const T* from = x + row * stride;
-    for_run<A>(width, [&](int64_t i, auto lanes) RENORM_LAMBDA {
-      const Vector<A> shifts = lanes.load(shift + i);
-      Vector<A> sum{}, square{};
-      for (int r = 0; r < rows.count; ++r) {
-        const Vector<A> value = lanes.load(from + r * stride + i) - shifts;
-        sum += value;
-        square += value * value;
-      }
-      lanes.store(sums + i, lanes.load(sums + i) + lanes.own(sum));
-      lanes.store(squares + i, lanes.load(squares + i) + lanes.own(square));
-    });
-  });
-  const double each = 1.0 / counted, share = double(counted) / double(count + counted), before = double(count);
-  for (int64_t j = 0; j < width; ++j) {
-    const double drift = sums[j] * each, delta = shift[j] + drift - mean[j];
-    m2[j] += squares[j] - sums[j] * drift + delta * delta * before * share;
-    mean[j] += delta * share;
+  const Forward<T>& problem;
+  const Region& region;
+  double *mean, *m2;  // of what was added
+  int64_t count = 0;
+  Buffer<A> shift, sums, squares;
+
+  Columns(const Forward<T>& problem, const Region& region, double* moments)
+      : problem(problem), region(region), mean(moments), m2(moments + region.width), shift(region.width),
+        sums(region.width), squares(region.width) {
+    for (int64_t j = 0; j < 2 * region.width; ++j) moments[j] = 0;
   }
-  count += counted;
-}
+
+  void start(int64_t begin, int64_t end) {
+    constexpr int64_t kSample = 8;
+    for (int64_t j = 0; j < region.width; ++j) shift[j] = 0;
+    const int64_t counted = sum(begin, begin + kSample < end ? begin + kSample : end);
+    for (int64_t j = 0; counted && j < region.width; ++j) shift[j] = sums[j] / A(counted);
+  }
+
+  int64_t sum(int64_t begin, int64_t end) {
+    const int64_t stride = region.stride, width = region.width;
+    const T* x = problem.x + region.offset;
+    const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
+    A *to_sums = sums.data, *to_squares = squares.data;
+    const A* shifts = shift.data;
+    for (int64_t j = 0; j < width; ++j) to_sums[j] = to_squares[j] = 0;
+    return for_rows<MASKED>(mask, begin, end, [&](int64_t row, auto rows) RENORM_LAMBDA {
+      const T* from = x + row * stride;
+      for_run<A>(width, 0, [&](int64_t i, auto lanes) RENORM_LAMBDA {
+        const Vector<A> by = lanes.load(shifts + i);
+        Vector<A> total{}, square{};
+        for (int r = 0; r < rows.count; ++r) {
+          const Vector<A> value = lanes.load(from + r * stride + i) - by;
+          total += value;
+          square += value * value;
+        }
+        lanes.store(to_sums + i, lanes.load(to_sums + i) + lanes.own(total));
+        lanes.store(to_squares + i, lanes.load(to_squares + i) + lanes.own(square));
+      });
+    });
+  }
+
+  // Moves the shift to where the sums say the mean is, if it was too far from it.
+  bool strayed(int64_t counted) {
+    const A each = A(1) / A(counted);
+    bool far = false;
+    for (int64_t j = 0; j < region.width; ++j) {
+      const A drift = sums[j] * each;
+      far |= strays<A>(drift, squares[j] * each - drift * drift, shift[j]);
+    }
+    for (int64_t j = 0; far && j < region.width; ++j) shift[j] += sums[j] * each;
+    return far;
+  }
+
+  void add(int64_t begin, int64_t end) {
+    const int64_t counted = sum(begin, end);
+    if (counted == 0) return;
+    if (strayed(counted)) sum(begin, end);
+    const double each = 1.0 / counted, share = double(counted) / double(count + counted), before = double(count);
+    for (int64_t j = 0; j < region.width; ++j) {
+      const double drift = sums[j] * each, delta = shift[j] + drift - mean[j];
+      m2[j] += squares[j] - sums[j] * drift + delta * delta * before * share;
+      mean[j] += delta * share;
+      shift[j] = A(mean[j]);
+    }
+    count += counted;
+  }
+};
 
 // The moments of the region's channels from those of its columns, which all have the same count.
 template <class T>
@@ -144,7 +164,7 @@ void merge_columns(const Forward<T>& problem, const Region& region, const double
     channels[c] = total;
   }
   Buffer<Accumulation<T>> last(region.leftover + kFloats);
-  for_run<Accumulation<T>>(region.leftover, [&](int64_t i, auto lanes) RENORM_LAMBDA {
+  for_run<Accumulation<T>>(region.leftover, 0, [&](int64_t i, auto lanes) RENORM_LAMBDA {
     lanes.store(last.data + i, lanes.load(problem.x + region.offset + region.rows * region.stride + i));
   });
   for (int64_t j = 0; j < region.leftover; ++j) channels[j % region.channels].merge(last[j], 0, 1);
@@ -155,16 +175,12 @@ void region_moments(const Forward<T>& problem, const Parallel& parallel, const R
   const int64_t width = region.width, segments = region.segments();
   Buffer<double> columns((segments + 1) * 2 * width);
   Buffer<int64_t> counts(segments + 1);
-  for_pieces(parallel, segments, region.elements(), false, [&](int64_t segment) {
-    Buffer<Accumulation<T>> scratch(3 * width);
-    double* mean = columns.data + segment * 2 * width;
-    for (int64_t j = 0; j < 2 * width; ++j) mean[j] = 0;
-    int64_t count = 0;
-    const int64_t end = region.segment_end(segment), size = region.block_rows();
-    for (int64_t row = segment * region.segment_rows(); row < end; row += size)
-      add_block<T, MASKED>(problem, region, row, row + size < end ? row + size : end, scratch.data, mean, mean + width,
-                           count);
-    counts[segment] = count;
+  for_pieces(parallel, segments, region.elements(), [&](int64_t segment) {
+    Columns<T, MASKED> moments(problem, region, columns.data + segment * 2 * width);
+    const int64_t begin = segment * region.segment_rows(), end = region.segment_end(segment), size = region.block_rows();
+    moments.start(begin, end);
+    for (int64_t row = begin; row < end; row += size) moments.add(row, row + size < end ? row + size : end);
+    counts[segment] = moments.count;
   });
   double *mean = columns.data, *m2 = mean + width;
   int64_t count = segments ? counts[0] : 0;
@@ -211,18 +227,14 @@ struct SpreadAffine {
   Affine<A, Each> affine() const { return {{center.values}, {scale.values}, {offset.values}}; }
 };
 
-// body(offset of the row, columns, row) for every row of the region: the last block first, but a block's rows in order,
-// as prefetching wants them
+// body(offset of the row, columns, row) for every row of the region
 template <class F>
-RENORM_INLINE void for_rows_in_reverse(const Parallel& parallel, const Region& region, F&& body) {
+RENORM_INLINE void for_all_rows(const Parallel& parallel, const Region& region, F&& body) {
   if (region.leftover) body(region.offset + region.rows * region.stride, region.leftover, region.rows);
-  for_pieces(parallel, region.segments(), region.elements(), true, [&](int64_t segment) {
-    const int64_t first = segment * region.segment_rows(), size = region.block_rows();
-    for (int64_t end = region.segment_end(segment); end > first;) {
-      const int64_t begin = first + (end - 1 - first) / size * size;
-      for (int64_t row = begin; row < end; ++row) body(region.offset + row * region.stride, region.width, row);
-      end = begin;
-    }
+  for_pieces(parallel, region.segments(), region.elements(), [&](int64_t segment) {
+    const int64_t end = region.segment_end(segment);
+    for (int64_t row = segment * region.segment_rows(); row < end; ++row)
+      body(region.offset + row * region.stride, region.width, row);
   });
 }
 
@@ -232,7 +244,7 @@ void apply_region(const Forward<T>& problem, const Parallel& parallel, const Reg
   const SpreadAffine<A> spread(problem.coefficients, region, g * problem.shape.channels + region.first_channel);
   const Affine<A, Each> affine = spread.affine();
   const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
-  for_rows_in_reverse(parallel, region, [&](int64_t at, int64_t width, int64_t row) RENORM_LAMBDA {
+  for_all_rows(parallel, region, [&](int64_t at, int64_t width, int64_t row) RENORM_LAMBDA {
     if (MASKED && !mask[row]) {
       __builtin_memset(problem.y + at, 0, width * sizeof(T));
       return;
@@ -263,7 +275,7 @@ void add_block(const Backward<T>& problem, const Region& region, int64_t begin, 
   const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
   for_rows<MASKED>(mask, begin, end, [&](int64_t row, auto rows) RENORM_LAMBDA {
     const Streams<T, ACT, false> streams(problem, region.offset + row * stride, 0);
-    for_run<A>(width, [&](int64_t i, auto lanes) RENORM_LAMBDA {
+    for_run<A>(width, 0, [&](int64_t i, auto lanes) RENORM_LAMBDA {
       Vector<A> sum[3] = {};
       for (int r = 0; r < rows.count; ++r) {
         const Pair<A> pair = streams.pair_at(r * stride + i, i, lanes, affine);
@@ -285,7 +297,7 @@ void region_sums(const Backward<T>& problem, const Parallel& parallel, const Reg
   const int64_t width = region.width, segments = region.segments(), pieces = segments + 1;
   Buffer<double> columns(pieces * 3 * width);
   for (int64_t j = 0; j < pieces * 3 * width; ++j) columns[j] = 0;
-  for_pieces(parallel, segments, region.elements(), false, [&](int64_t segment) {
+  for_pieces(parallel, segments, region.elements(), [&](int64_t segment) {
     Buffer<Accumulation<T>> scratch(3 * width);
     const int64_t end = region.segment_end(segment), size = region.block_rows();
     for (int64_t row = segment * region.segment_rows(); row < end; row += size)
@@ -330,7 +342,7 @@ void backward_region(const Backward<T>& problem, const Parallel& parallel, int64
       constant(region, rows.data + 2 * count);
   const SlopesOf<A, Each> slope{{gradient.values}, {centered.values}, {constant.values}};
   const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
-  for_rows_in_reverse(parallel, region, [&](int64_t at, int64_t width, int64_t row) RENORM_LAMBDA {
+  for_all_rows(parallel, region, [&](int64_t at, int64_t width, int64_t row) RENORM_LAMBDA {
     if (MASKED && !mask[row]) {
       __builtin_memset(problem.dx + at, 0, width * sizeof(T));
       if (problem.dresidual) __builtin_memset(problem.dresidual + at, 0, width * sizeof(T));

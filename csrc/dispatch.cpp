@@ -57,11 +57,6 @@ void run(const Backward<T>& problem) { run_on_best(problem); }
 #define RENORM_INSTANTIATE(T)              \
   template void run(const Forward<T>&);    \
   template void run(const Backward<T>&);
-RENORM_INSTANTIATE(float)
-#ifndef RENORM_FLOAT_ONLY  // sanitizers take minutes to compile what differs in nothing but the type
-RENORM_INSTANTIATE(double)
-RENORM_INSTANTIATE(BFloat16)
-RENORM_INSTANTIATE(Float16)
-#endif
+RENORM_FOR_ELEMENTS(RENORM_INSTANTIATE)
 
 }  // namespace renorm

@@ -14,17 +14,15 @@
 namespace renorm {
 namespace RENORM_ISA {
 
-// Planes shorter than this are taken several channels at once, if there are examples enough to fill the columns.
-constexpr int64_t kShortPlane = 64, kFewExamples = 4;
+constexpr int64_t kVector = 16;  // floats of the widest
 
+// Planes of less than a vector are taken several channels at once; so are short ones of many examples, where sums of
+// columns cost less than sums of planes.
 inline bool has_short_planes(const Shape& shape, bool masked) {
-  const int64_t first_group = shape.group_end(0);
-  return !masked && shape.positions < kShortPlane && first_group >= kFewExamples;
-}
-
-inline int64_t panels(const Shape& shape) {
-  const int64_t width = channels_per_panel(shape);
-  return (shape.channels + width - 1) / width;
+  constexpr int64_t kShort = 64, kFewExamples = 4, kManyExamples = 64;
+  const int64_t examples = shape.group_end(0);
+  if (masked || shape.positions >= kShort) return false;
+  return examples >= (shape.positions < kVector ? kFewExamples : kManyExamples);
 }
 
 template <class T, class ACT, bool MASKED>
@@ -36,6 +34,8 @@ void run(const Forward<T>& problem) {
     });
     return;
   }
+  if (problem.rule.source == Source::running && shape.positions >= kVector)
+    return forward_planes<T, ACT, MASKED>(problem);
   if (has_short_planes(shape, MASKED)) {
     const int64_t count = panels(shape);
     for_units(problem.parallel, shape.groups() * count, shape.elements(), [&](int64_t unit, const Parallel& parallel) {
@@ -43,7 +43,7 @@ void run(const Forward<T>& problem) {
     });
     return;
   }
-  const int64_t count = shape.channel_groups();
+  const int64_t count = panels(shape);
   for_units(problem.parallel, shape.groups() * count, shape.elements(), [&](int64_t unit, const Parallel& parallel) {
     forward_planar_unit<T, ACT, MASKED>(problem, parallel, unit / count, unit % count);
   });
@@ -67,7 +67,7 @@ void run(const Backward<T>& problem) {
       backward_region<T, ACT, false>(problem, parallel, g, rows_of_examples(shape, g, unit % count), dweight(g), dbias(g));
     });
   } else {
-    const int64_t count = shape.channel_groups();
+    const int64_t count = panels(shape);
     for_units(problem.parallel, groups * count, shape.elements(), [&](int64_t unit, const Parallel& parallel) {
       const int64_t g = unit / count;
       backward_planar_unit<T, ACT, MASKED>(problem, parallel, g, unit % count, dweight(g), dbias(g));
@@ -99,12 +99,7 @@ void run(const P& problem) {
 #define RENORM_INSTANTIATE(T)              \
   template void run(const Forward<T>&);    \
   template void run(const Backward<T>&);
-RENORM_INSTANTIATE(float)
-#ifndef RENORM_FLOAT_ONLY  // sanitizers take minutes to compile what differs in nothing but the type
-RENORM_INSTANTIATE(double)
-RENORM_INSTANTIATE(BFloat16)
-RENORM_INSTANTIATE(Float16)
-#endif
+RENORM_FOR_ELEMENTS(RENORM_INSTANTIATE)
 
 }  // namespace RENORM_ISA
 }  // namespace renorm

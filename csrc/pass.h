@@ -23,23 +23,48 @@ struct Affine {
 
 inline bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % RENORM_VECTOR_BYTES == 0; }
 
-// y = act((x - center) * scale + offset + residual), 0 where the mask is false
+// What is read next is fetched into the second-level cache, since only runs in order are foreseen by the hardware.
+template <class T>
+RENORM_INLINE void fetch(const T* from) { __builtin_prefetch(from, 0, 2); }
+
+// Units of whole channel groups, wide enough to be read in long runs.
+inline int64_t channels_per_panel(const Shape& shape) {
+  constexpr int64_t kPanel = 1024;
+  const int64_t k = shape.channels_per_group, fitting = kPanel / shape.positions / k * k;
+  return fitting < k ? k : fitting;
+}
+inline int64_t panels(const Shape& shape) {
+  const int64_t width = channels_per_panel(shape);
+  return (shape.channels + width - 1) / width;
+}
+
+// Whether a run of outputs is written past the cache: where it is long, or shares no line with the next run.
+template <class T>
+RENORM_INLINE bool passes_cache(bool wanted, const T* to, int64_t at, int64_t length) {
+  constexpr int64_t kLong = 1024, kLine = kLanes<Accumulation<T>>;
+  return wanted && is_aligned(to) && (length >= kLong || (at | length) % kLine == 0);
+}
+
+// y = act((x - center) * scale + offset + residual), 0 where the mask is false; and fetches what lies `ahead`
 template <class T, class ACT, bool MASKED, template <class> class C>
 RENORM_INLINE void apply_run(const Forward<T>& problem, int64_t at, int64_t mask_at, int64_t length,
-                             const Affine<Accumulation<T>, C> affine) {
+                             const Affine<Accumulation<T>, C> affine, int64_t ahead = 0) {
   using A = Accumulation<T>;
   const ACT act(problem.act);
   const uint8_t* mask = MASKED ? problem.mask + mask_at : nullptr;
   const T *x = problem.x + at, *residual = problem.residual ? problem.residual + at : nullptr;
   T* y = problem.y + at;
-  const bool past_cache = problem.past_cache && is_aligned(y);
-  for_run<A>(length, [&](int64_t i, auto lanes) RENORM_LAMBDA {
+  const bool past_cache = passes_cache(problem.past_cache, problem.y, at, length);
+  for_run<A>(length, before_aligned<A>(at), [&](int64_t i, auto lanes) RENORM_LAMBDA {
     Vector<A> z = (lanes.load(x + i) - affine.center.at(i, lanes)) * affine.scale.at(i, lanes);
     z += affine.offset.at(i, lanes);
     if (residual) z += lanes.load(residual + i);
     z = activate<A>(act.get(), z);
     if constexpr (MASKED) z = lanes.load_mask(mask + i) ? z : Vector<A>{};
     lanes.store(y + i, z, past_cache);
+    if (ahead) {
+      fetch(x + ahead + i);
+    }
   });
 }
 
@@ -101,18 +126,22 @@ struct SlopesOf {
 template <class T, class ACT, bool MASKED, template <class> class C>
 RENORM_INLINE void differentiate_run(const Backward<T>& problem, int64_t at, int64_t mask_at, int64_t length,
                                      const Affine<Accumulation<T>, C> affine,
-                                     const SlopesOf<Accumulation<T>, C> slopes) {
+                                     const SlopesOf<Accumulation<T>, C> slopes, int64_t ahead = 0) {
   using A = Accumulation<T>;
   const Streams<T, ACT, MASKED> streams(problem, at, mask_at);
   T *dx = problem.dx + at, *dresidual = problem.dresidual ? problem.dresidual + at : nullptr;
-  const bool past_cache = problem.past_cache && is_aligned(dx);
-  for_run<A>(length, [&](int64_t i, auto lanes) RENORM_LAMBDA {
+  const bool past_cache = passes_cache(problem.past_cache, problem.dx, at, length);
+  for_run<A>(length, before_aligned<A>(at), [&](int64_t i, auto lanes) RENORM_LAMBDA {
     const Pair<A> pair = streams.pair_at(i, lanes, affine);
     Vector<A> value = pair.centered * slopes.centered.at(i, lanes) + slopes.constant.at(i, lanes);
     value += pair.gradient * slopes.gradient.at(i, lanes);
     if constexpr (MASKED) value = lanes.load_mask(streams.mask + i) ? value : Vector<A>{};
     lanes.store(dx + i, value, past_cache);
     if (dresidual) lanes.store(dresidual + i, pair.gradient);
+    if (ahead) {
+      fetch(streams.x + ahead + i);
+      fetch(streams.dy + ahead + i);
+    }
   });
 }
 
@@ -133,11 +162,11 @@ void for_units(const Parallel& parallel, int64_t units, int64_t elements, F&& bo
   parallel_for(parallel, units, (kGrain + size - 1) / size, several);
 }
 
-// The pieces of a unit, in order or in reverse: a second pass then begins with what the first left in the cache.
+// The pieces of a unit, each by one thread.
 template <class F>
-void for_pieces(const Parallel& parallel, int64_t pieces, int64_t elements, bool reverse, F&& body) {
+void for_pieces(const Parallel& parallel, int64_t pieces, int64_t elements, F&& body) {
   auto several = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(reverse ? end - 1 - (i - begin) : i);
+    for (int64_t i = begin; i < end; ++i) body(i);
   };
   parallel_for(parallel, pieces, (kGrain * pieces + elements - 1) / elements, several);
 }

@@ -73,6 +73,14 @@ struct Coefficients {
 // Half precision is computed in float.
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
+
+// X(T) for every type of element that there are kernels for.
+#ifdef RENORM_FLOAT_ONLY  // sanitizers take minutes to compile what differs in nothing but the type
+#define RENORM_FOR_ELEMENTS(X) X(float)
+#else
+#define RENORM_FOR_ELEMENTS(X) X(float) X(double) X(BFloat16) X(Float16)
+#endif
+
 template <class T> struct AccumulationOf { using type = float; };
 template <> struct AccumulationOf<double> { using type = double; };
 template <class T> using Accumulation = typename AccumulationOf<T>::type;

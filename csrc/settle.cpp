@@ -139,9 +139,6 @@ void settle(const Backward<T>& problem, int64_t g, int64_t j, const Sums* sums, 
 #define RENORM_INSTANTIATE(T)                                                                                  \
   template void settle(const Forward<T>&, int64_t, int64_t, const Moments*);                                   \
   template void settle(const Backward<T>&, int64_t, int64_t, const Sums*, Slopes<Accumulation<T>>*, double*, double*);
-RENORM_INSTANTIATE(float)
-RENORM_INSTANTIATE(double)
-RENORM_INSTANTIATE(BFloat16)
-RENORM_INSTANTIATE(Float16)
+RENORM_FOR_ELEMENTS(RENORM_INSTANTIATE)
 
 }  // namespace renorm

@@ -72,8 +72,14 @@ Dense dense(const Tensor& x) {
   return {copy, is_dense(copy, true)};
 }
 
+// The kernels trust sizes: a wrong one would be memory that is not there.
+void check_elements(const char* name, const Tensor& tensor, int64_t elements) {
+  STD_TORCH_CHECK(tensor.numel() == elements, name, " must have ", elements, " elements, got ", tensor.numel());
+}
+
 // The tensor in the memory layout of `like`.
 Tensor laid_out_as(const Dense& like, const Tensor& tensor) {
+  check_elements("a tensor shaped like x", tensor, like.tensor.numel());
   if (is_dense(tensor, like.channels_last)) return tensor;
   Tensor copy = torch::stable::empty_like(like.tensor);
   return torch::stable::copy_(copy, tensor);
@@ -81,6 +87,9 @@ Tensor laid_out_as(const Dense& like, const Tensor& tensor) {
 
 renorm::Shape shape_of(const Dense& x, std::optional<int64_t> examples_per_group, int64_t channels_per_group) {
   const auto sizes = x.tensor.sizes();
+  STD_TORCH_CHECK(channels_per_group > 0 && sizes[1] % channels_per_group == 0,
+                  "channels_per_group must divide the ", sizes[1], " channels, got ", channels_per_group);
+  STD_TORCH_CHECK(examples_per_group.value_or(1) > 0, "examples_per_group must be positive");
   int64_t positions = 1;
   for (int64_t dim = 2; dim < x.tensor.dim(); ++dim) positions *= sizes[dim];
   return {sizes[0], sizes[1], positions, x.channels_last, examples_per_group.value_or(sizes[0]), channels_per_group};
@@ -90,8 +99,9 @@ renorm::Shape shape_of(const Dense& x, std::optional<int64_t> examples_per_group
 template <class A>
 class Numbers {
  public:
-  explicit Numbers(const Optional& tensor) {
+  Numbers(const char* name, const Optional& tensor, int64_t elements) {
     if (!tensor) return;
+    check_elements(name, *tensor, elements);
     tensor_ = tensor->scalar_type() == kType<A> ? *tensor : torch::stable::to(*tensor, kType<A>);
     if (!tensor_->is_contiguous()) tensor_ = torch::stable::contiguous(*tensor_);
     data_ = static_cast<const A*>(tensor_->const_data_ptr());
@@ -103,8 +113,17 @@ class Numbers {
   const A* data_ = nullptr;
 };
 
-double number(const Optional& tensor, double otherwise) {
+// The mask's bytes in order, one per example and position.
+Optional bytes_of(const Optional& mask, const renorm::Shape& shape) {
+  if (!mask) return std::nullopt;
+  check_elements("mask", *mask, shape.examples * shape.positions);
+  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be a bool tensor");
+  return torch::stable::contiguous(*mask);
+}
+
+double number(const char* name, const Optional& tensor, double otherwise) {
   if (!tensor) return otherwise;
+  check_elements(name, *tensor, 1);
   if (tensor->scalar_type() == ScalarType::Double) return *static_cast<const double*>(tensor->const_data_ptr());
   if (tensor->scalar_type() == ScalarType::Float) return *static_cast<const float*>(tensor->const_data_ptr());
   return *static_cast<const double*>(torch::stable::to(*tensor, ScalarType::Double).const_data_ptr());
@@ -158,9 +177,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
     const Dense input = dense(x);
     const renorm::Shape shape = shape_of(input, examples_per_group, channels_per_group);
     const int64_t groups = shape.groups(), channels = shape.channels;
-    const Numbers<A> weights(weight), biases(bias), means(running_mean), vars(running_var), rs(r), ds(d);
+    const Numbers<A> weights("weight", weight, channels), biases("bias", bias, channels);
+    const Numbers<A> means("running_mean", running_mean, channels), vars("running_var", running_var, channels);
+    const Numbers<A> rs("r", r, groups * shape.channel_groups()), ds("d", d, groups * shape.channel_groups());
     const Optional added = residual ? Optional(laid_out_as(input, *residual)) : std::nullopt;
-    const Optional counted = mask ? Optional(torch::stable::contiguous(*mask)) : std::nullopt;
+    const Optional counted = bytes_of(mask, shape);
     const Tensor mean = empty({groups, channels}, kType<A>), var = empty({groups, channels}, kType<A>);
     const Tensor count = empty({groups, 1}, kType<A>);
     const Tensor coefficients = empty({renorm::Coefficients<A>::rows, groups, channels}, kType<A>);
@@ -170,8 +191,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
                                                  : renorm::Source::batch;
     renorm::run(renorm::Forward<T>{
         torch_threads(), shape, act_of(act), past_cache(x),
-        {source, weights.data(), biases.data(), means.data(), vars.data(), rs.data(), ds.data(), number(r_max, 1),
-         number(d_max, 0), 0, eps},
+        {source, weights.data(), biases.data(), means.data(), vars.data(), rs.data(), ds.data(), number("r_max", r_max, 1),
+         number("d_max", d_max, 0), 0, eps},
         static_cast<const T*>(input.tensor.const_data_ptr()), data_of<T>(added), data_of<uint8_t>(counted),
         mutable_data_of<T>(y), mutable_data_of<A>(mean), mutable_data_of<A>(var), mutable_data_of<A>(count),
         {mutable_data_of<A>(coefficients), groups * channels}});
@@ -188,11 +209,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_backward(
     using A = renorm::Accumulation<T>;
     const Dense input = dense(x);
     const renorm::Shape shape = shape_of(input, examples_per_group, channels_per_group);
-    const Numbers<A> weights(weight);
+    const Numbers<A> weights("weight", weight, shape.channels);
+    check_elements("count", count, shape.groups());
+    check_elements("coefficients", coefficients, renorm::Coefficients<A>::rows * shape.groups() * shape.channels);
     const Tensor gradient = laid_out_as(input, dy);
     const Optional added = residual ? Optional(laid_out_as(input, *residual)) : std::nullopt;
     const Optional output = y ? Optional(laid_out_as(input, *y)) : std::nullopt;
-    const Optional counted = mask ? Optional(torch::stable::contiguous(*mask)) : std::nullopt;
+    const Optional counted = bytes_of(mask, shape);
     const Tensor dx = empty_like(input);
     const Tensor dresidual = wants_residual ? empty_like(input) : empty({0}, x.scalar_type());
     const Tensor dweight = empty({shape.channels}, kType<A>), dbias = empty({shape.channels}, kType<A>);
@@ -216,9 +239,11 @@ Tensor evaluate(const Tensor& x, const Optional& weight, const Optional& bias, c
     const Dense input = dense(x);
     const bool weighed = example_weight > 0;
     const renorm::Shape shape = shape_of(input, weighed ? 1 : x.size(0), channels_per_group);
-    const Numbers<A> weights(weight), biases(bias), means(running_mean), vars(running_var);
+    const Numbers<A> weights("weight", weight, shape.channels), biases("bias", bias, shape.channels);
+    const Numbers<A> means("running_mean", running_mean, shape.channels);
+    const Numbers<A> vars("running_var", running_var, shape.channels);
     const Optional added = residual ? Optional(laid_out_as(input, *residual)) : std::nullopt;
-    const Optional counted = mask ? Optional(torch::stable::contiguous(*mask)) : std::nullopt;
+    const Optional counted = bytes_of(mask, shape);
     const Tensor y = empty_like(input);
     std::vector<A> coefficients(renorm::Coefficients<A>::rows * shape.groups() * shape.channels);
     renorm::run(renorm::Forward<T>{
@@ -242,11 +267,15 @@ template <class A>
 void track_as(const Tensor& running_mean, const Tensor& running_var, const Tensor& steps, const Tensor& skipped,
               const Tensor& mean, const Tensor& var, const Tensor& count, const std::string& tracking, double momentum,
               int64_t channels_per_group, double eps) {
-  const Numbers<A> means(mean), vars(var), counts(count);
+  const int64_t groups = mean.size(0), channels = mean.size(1);
+  const Numbers<A> means("mean", mean, groups * channels), vars("var", var, groups * channels);
+  const Numbers<A> counts("count", count, groups);
+  check_elements("running_mean", running_mean, channels);
+  check_elements("running_var", running_var, channels);
   renorm::track<A>(
       {mutable_data_of<A>(running_mean), mutable_data_of<A>(running_var), mutable_data_of<int64_t>(steps),
        mutable_data_of<int64_t>(skipped)},
-      {means.data(), vars.data(), counts.data(), mean.size(0), mean.size(1)}, tracking_of(tracking),
+      {means.data(), vars.data(), counts.data(), groups, channels}, tracking_of(tracking),
       momentum, channels_per_group, eps);
 }
 

@@ -107,6 +107,25 @@ RENORM_INLINE void stream(double* to, Vector<double> value) { _mm256_stream_pd(t
 template <class T, class V>
 RENORM_INLINE void stream(T* to, V value) { store(to, value); }
 
+// Stores some lanes. Where the instruction set has nothing for it, all: the others hold what their neighbour holds.
+#if RENORM_VECTOR_BYTES == 64
+RENORM_INLINE void store_some(float* to, Vector<float> value, Mask<float> lanes) {
+  _mm512_mask_storeu_ps(to, _mm512_movepi32_mask((__m512i)lanes), (__m512)value);
+}
+RENORM_INLINE void store_some(double* to, Vector<double> value, Mask<double> lanes) {
+  _mm512_mask_storeu_pd(to, _mm512_movepi64_mask((__m512i)lanes), (__m512d)value);
+}
+#elif RENORM_VECTOR_BYTES == 32
+RENORM_INLINE void store_some(float* to, Vector<float> value, Mask<float> lanes) {
+  _mm256_maskstore_ps(to, (__m256i)lanes, (__m256)value);
+}
+RENORM_INLINE void store_some(double* to, Vector<double> value, Mask<double> lanes) {
+  _mm256_maskstore_pd(to, (__m256i)lanes, (__m256d)value);
+}
+#endif
+template <class T, class V, class M>
+RENORM_INLINE void store_some(T* to, V value, M) { store(to, value); }
+
 template <class T>
 RENORM_INLINE void load_bytes(const uint8_t* from, Mask<T>& mask) {
   typedef uint8_t Bytes __attribute__((vector_size(kLanes<T>)));
@@ -132,14 +151,16 @@ struct Whole {
   RENORM_INLINE Vector<A> own(Vector<A> value) const { return value; }
 };
 
-// The last full vector of a run: its first lanes were in the vector before.
+// A full vector at the beginning or the end of a run that shares lanes with its neighbour: lanes [from, to) are its own.
 template <class A>
 struct Overlapping : Whole<A> {
   Mask<A> fresh;
-  template <class T> RENORM_INLINE void store(T* to, Vector<A> value, bool = false) const {
-    RENORM_ISA::store(to, value);
+  RENORM_INLINE Overlapping(int64_t from, int64_t to)
+      : fresh((lane_numbers<A>() >= Mask<A>{} + Lane<A>(from)) & (lane_numbers<A>() < Mask<A>{} + Lane<A>(to))) {}
+  // What passes the cache by must not find its line there.
+  template <class T> RENORM_INLINE void store(T* to, Vector<A> value, bool past_cache = false) const {
+    past_cache ? store_some(to, value, fresh) : RENORM_ISA::store(to, value);
   }
-  RENORM_INLINE explicit Overlapping(int64_t repeated) : fresh(lane_numbers<A>() >= Mask<A>{} + Lane<A>(repeated)) {}
   RENORM_INLINE Vector<A> own(Vector<A> value) const { return fresh ? value : Vector<A>{}; }
 };
 
@@ -167,20 +188,33 @@ struct Partial {
   }
 };
 
-// Calls body(i, lanes) for every vector of a run of `length` elements.
+// How many elements a run that begins at offset `at` has before the next whole vector of its tensor: what is aligned is
+// read and written a cache line at a time.
+template <class A>
+RENORM_INLINE int64_t before_aligned(int64_t at) { return -at & (kLanes<A> - 1); }
+
+// Calls body(i, lanes) for every vector of a run of `length` elements, of which `head` come before what is aligned.
 template <class A, class F>
-RENORM_INLINE void for_run(int64_t length, F&& body) {
-  int64_t i = 0;
+RENORM_INLINE void for_run(int64_t length, int64_t head, F&& body) {
+  if (length < kLanes<A>) {
+    if (length > 0) body(0, Partial<A>{length});
+    return;
+  }
+  if (head > 0) body(0, Overlapping<A>(0, head));
+  int64_t i = head;
   for (; i + kLanes<A> <= length; i += kLanes<A>) body(i, Whole<A>{});
-  if (i == length) return;
-  if (length >= kLanes<A>) return body(length - kLanes<A>, Overlapping<A>(i + kLanes<A> - length));
-  body(0, Partial<A>{length});
+  if (i < length) body(length - kLanes<A>, Overlapping<A>(i + kLanes<A> - length, kLanes<A>));
 }
 
 // The same with two sets of N sums, since one set would wait for its own additions: body(i, lanes, sums).
 template <int N, class A, class F>
-RENORM_INLINE void reduce_run(int64_t length, Vector<A> (&sums)[2][N], F&& body) {
-  int64_t i = 0;
+RENORM_INLINE void reduce_run(int64_t length, int64_t head, Vector<A> (&sums)[2][N], F&& body) {
+  if (length < kLanes<A>) {
+    if (length > 0) body(0, Partial<A>{length}, sums[0]);
+    return;
+  }
+  if (head > 0) body(0, Overlapping<A>(0, head), sums[1]);
+  int64_t i = head;
   for (; i + 2 * kLanes<A> <= length; i += 2 * kLanes<A>) {
     body(i, Whole<A>{}, sums[0]);
     body(i + kLanes<A>, Whole<A>{}, sums[1]);
@@ -189,9 +223,7 @@ RENORM_INLINE void reduce_run(int64_t length, Vector<A> (&sums)[2][N], F&& body)
     body(i, Whole<A>{}, sums[0]);
     i += kLanes<A>;
   }
-  if (i == length) return;
-  if (length >= kLanes<A>) return body(length - kLanes<A>, Overlapping<A>(i + kLanes<A> - length), sums[1]);
-  body(0, Partial<A>{length}, sums[0]);
+  if (i < length) body(length - kLanes<A>, Overlapping<A>(i + kLanes<A> - length, kLanes<A>), sums[1]);
 }
 
 #if RENORM_VECTOR_BYTES == 64
