@@ -59,6 +59,7 @@ def all_bars(layers: list[Row], models: list[Row], memory: list[Row]) -> list[Ba
         _mean_bar("BatchRenorm2d / plain code", 0.08, ratios(_alone(training), c.OURS, c.PLAIN)),
         *_against_copy(select(kept, mode="train", direction="forward", variant="norm")),
         *_models(select(models, allocator="kept", threads=1)),
+        *_compiled(training, select(models, allocator="kept", threads=1)),
         *_groupings(_alone(training)),
         _memory(memory),
         *_inference(select(kept, mode="eval", direction="forward", threads=1)),
@@ -112,6 +113,15 @@ def _models(rows: list[Row]) -> Iterator[Bar]:
     for (network, contender), limit in limits.items():
         values = ratios(select(rows, network=network), contender, c.BATCH_NORM)
         yield Bar(f"training step, {network}, {contender}", limit, mean(values))
+
+
+def _compiled(layers: list[Row], models: list[Row]) -> Iterator[Bar]:
+    values = ratios(layers, c.OURS_COMPILED, c.OURS)
+    yield _mean_bar("BatchRenorm2d, compiled / eager, one layer", 1.00, values)
+    for compiled, eager in ((c.OURS_COMPILED, c.OURS), (c.OURS_FUSED_COMPILED, c.OURS_FUSED)):
+        yield _mean_bar(f"training step, {compiled} / eager", 1.00, ratios(models, compiled, eager))
+        yield _mean_bar(f"training step, {compiled} / {c.BATCH_NORM_COMPILED}", 1.00,
+                        ratios(models, compiled, c.BATCH_NORM_COMPILED))  # fmt: skip
 
 
 def _groupings(alone: list[Row]) -> Iterator[Bar]:

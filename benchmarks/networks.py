@@ -8,7 +8,7 @@ from functools import partial
 
 import timm
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 import renorm
 from contenders import (
@@ -104,13 +104,30 @@ def _plain_layer(layer: nn.BatchNorm2d) -> nn.Module:
     return norm if act is None else nn.Sequential(norm, act)
 
 
+class Whole(nn.Module):
+    """A network as one call: what is called first is compiled, unless it is torch's, as nn.Sequential is.
+
+    Args:
+        network: the network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The network's output."""
+        y: Tensor = self.network(x)
+        return y
+
+
 def compiled(change: Change) -> Change:
     """The variant under torch.compile, without falling back to eager anywhere."""
 
     def change_and_compile(model: nn.Module) -> nn.Module:
-        changed = change(model)
-        changed.compile(fullgraph=True, dynamic=False)
-        return changed
+        whole = Whole(change(model))
+        whole.compile(fullgraph=True, dynamic=False)
+        return whole
 
     return change_and_compile
 

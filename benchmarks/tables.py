@@ -11,7 +11,7 @@ from ratios import mean, ratios, select
 from shapes import LAYOUTS
 
 _EAGER = (c.PLAIN, c.GROUP_NORM, c.OURS)
-_ALL = (c.BATCH_NORM_COMPILED, c.PLAIN, c.PLAIN_COMPILED, c.GROUP_NORM, c.OURS)
+_ALL = (c.BATCH_NORM_COMPILED, c.PLAIN, c.PLAIN_COMPILED, c.GROUP_NORM, c.OURS, c.OURS_COMPILED)
 _EVERYWHERE = ("norm", "norm+relu")  # the variants that all inputs are measured with
 _MISSING = "-"
 
@@ -116,8 +116,8 @@ def model_table(models: list[Row], threads: int) -> str:
     for network in dict.fromkeys(str(row["network"]) for row in rows):
         chosen = {str(row["contender"]): row for row in select(rows, network=network)}
         first = chosen[names[0]]
-        speeds = [f"{chosen[name]['images_per_second']:.1f}" for name in names]
-        memory = [f"{chosen[name]['peak_megabytes']:.0f}" for name in names]
+        speeds = [f"{chosen[name]['images_per_second']:.1f}" if name in chosen else _MISSING for name in names]
+        memory = [f"{row['peak_megabytes']:.0f}" for row in chosen.values()]
         lines.append([f"{network}, {first['batch']}x{first['size']}x{first['size']}", *speeds, " / ".join(memory)])
     return markdown(["network, input", *names, "peak memory in MB, same order"], lines)
 

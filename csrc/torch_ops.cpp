@@ -166,11 +166,11 @@ Tensor empty_like(const Dense& x) {
   return empty(x.tensor.sizes().data(), x.tensor.strides().data(), x.tensor.dim(), x.tensor.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_within(
     const Tensor& x, const Optional& weight, const Optional& bias, const Optional& mask, const Optional& residual,
-    const Optional& running_mean, const Optional& running_var, const Optional& r_max, const Optional& d_max,
+    const Optional& running_mean, const Optional& running_var, double r_max, double d_max,
     const Optional& r, const Optional& d, std::optional<int64_t> examples_per_group, int64_t channels_per_group,
-    double eps, std::string act) {
+    double eps, const std::string& act) {
   return with_element(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = renorm::Accumulation<T>;
@@ -191,13 +191,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
                                                  : renorm::Source::batch;
     renorm::run(renorm::Forward<T>{
         torch_threads(), shape, act_of(act), past_cache(x),
-        {source, weights.data(), biases.data(), means.data(), vars.data(), rs.data(), ds.data(), number("r_max", r_max, 1),
-         number("d_max", d_max, 0), 0, eps},
+        {source, weights.data(), biases.data(), means.data(), vars.data(), rs.data(), ds.data(), r_max,
+         d_max, 0, eps},
         static_cast<const T*>(input.tensor.const_data_ptr()), data_of<T>(added), data_of<uint8_t>(counted),
         mutable_data_of<T>(y), mutable_data_of<A>(mean), mutable_data_of<A>(var), mutable_data_of<A>(count),
         {mutable_data_of<A>(coefficients), groups * channels}});
     return std::make_tuple(y, mean, var, count, coefficients);
   });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
+    const Tensor& x, const Optional& weight, const Optional& bias, const Optional& mask, const Optional& residual,
+    const Optional& running_mean, const Optional& running_var, const Optional& r_max, const Optional& d_max,
+    const Optional& r, const Optional& d, std::optional<int64_t> examples_per_group, int64_t channels_per_group,
+    double eps, std::string act) {
+  return normalize_within(x, weight, bias, mask, residual, running_mean, running_var, number("r_max", r_max, 1),
+                          number("d_max", d_max, 0), r, d, examples_per_group, channels_per_group, eps, act);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_backward(
@@ -287,6 +296,21 @@ void track(Tensor running_mean, Tensor running_var, Tensor steps, Tensor skipped
       eps);
 }
 
+// A layer's step, of one call where two would each find cold caches: by the statistics as they are, which then move.
+std::tuple<Tensor, Tensor, Tensor> normalize_and_track(
+    const Tensor& x, const Optional& weight, const Optional& bias, const Optional& mask, const Optional& residual,
+    Tensor running_mean, Tensor running_var, Tensor steps, Tensor skipped, const Optional& r_max, const Optional& d_max,
+    std::optional<int64_t> examples_per_group, int64_t channels_per_group, double eps, std::string act,
+    std::string tracking, std::optional<double> momentum) {
+  const bool corrects = r_max.has_value();
+  const auto [y, mean, var, count, coefficients] = normalize_within(
+      x, weight, bias, mask, residual, corrects ? Optional(running_mean) : std::nullopt,
+      corrects ? Optional(running_var) : std::nullopt, number("r_max", r_max, 1), number("d_max", d_max, 0),
+      std::nullopt, std::nullopt, examples_per_group, channels_per_group, eps, act);
+  track(running_mean, running_var, steps, skipped, mean, var, count, tracking, momentum, channels_per_group, eps);
+  return {y, count, coefficients};
+}
+
 std::string instruction_set() {
   switch (renorm::instruction_set()) {
     case renorm::InstructionSet::avx512: return "avx512";
@@ -297,26 +321,8 @@ std::string instruction_set() {
 
 }  // namespace
 
+// ops/schema.py defines the others.
 STABLE_TORCH_LIBRARY_FRAGMENT(renorm, m) {
-  m.def(
-      "normalize(Tensor x, Tensor? weight, Tensor? bias, Tensor? mask, Tensor? residual, Tensor? running_mean, "
-      "Tensor? running_var, Tensor? r_max, Tensor? d_max, Tensor? r, Tensor? d, int? examples_per_group, "
-      "int channels_per_group, float eps, str act) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The same without a registered gradient, for the autograd.Function of eager mode: torch asks Python for the other's.
-  m.def(
-      "normalize_eager(Tensor x, Tensor? weight, Tensor? bias, Tensor? mask, Tensor? residual, Tensor? running_mean, "
-      "Tensor? running_var, Tensor? r_max, Tensor? d_max, Tensor? r, Tensor? d, int? examples_per_group, "
-      "int channels_per_group, float eps, str act) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "normalize_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? mask, Tensor? residual, Tensor? y, Tensor count, "
-      "Tensor coefficients, int? examples_per_group, int channels_per_group, str act, bool wants_residual) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "evaluate(Tensor x, Tensor? weight, Tensor? bias, Tensor? mask, Tensor? residual, Tensor running_mean, "
-      "Tensor running_var, float example_weight, int channels_per_group, float eps, str act) -> Tensor");
-  m.def(
-      "track(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) steps, Tensor(d!) skipped, Tensor mean, "
-      "Tensor var, Tensor count, str tracking, float? momentum, int channels_per_group, float eps) -> ()");
   m.def("instruction_set() -> str");
 }
 
@@ -326,6 +332,7 @@ STABLE_TORCH_LIBRARY_IMPL(renorm, CPU, m) {
   m.impl("normalize_backward", TORCH_BOX(&normalize_backward));
   m.impl("evaluate", TORCH_BOX(&evaluate));
   m.impl("track", TORCH_BOX(&track));
+  m.impl("normalize_and_track", TORCH_BOX(&normalize_and_track));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(renorm, CompositeExplicitAutograd, m) {

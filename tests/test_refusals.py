@@ -118,6 +118,11 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
         renorm.Norm(4, **options)
 
 
+def test_an_activation_for_a_layer_that_has_one() -> None:
+    with pytest.raises(ValueError, match=r"act must be None.*act='relu'.*got 'silu'"):
+        renorm.BatchNorm1d(4, act="relu")(torch.randn(3, 4), act="silu")
+
+
 @pytest.mark.parametrize("name", ["examples_per_group", "channels_per_group"])
 @pytest.mark.parametrize("value", [2.0, "2", True])
 def test_sizes_that_are_no_integers(name: str, value: Any) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .activation import Activation, require_activation
 from .checks import (
+    check_batch,
     check_channels,
     check_example_weight,
     check_groups,
@@ -283,10 +284,7 @@ def normalize_batch(
         ValueError: a shape does not fit, or a group has a single element and no correction.
     """
     running_mean, running_var = correction[:2] if isinstance(correction, Running) else (None, None)
-    check_input(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    check_residual(residual, x)
-    require_activation(act)
-    mask = None if mask is None else check_mask(mask, x)
+    mask = check_batch(x, weight, bias, mask, running_mean, running_var, residual, act)
     if x.numel() == 0:
         return _empty(x, weight, bias)
     check_groups(x, grouping, corrected=correction is not None)

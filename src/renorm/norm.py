@@ -13,10 +13,8 @@ from .activation import Activation, require_activation
 from .checks import check_channels, check_example_weight
 from .grouping import Grouping
 from .limits import Limits
-from .ops.normalize import suits_kernels
-from .ops.snapshot import snapshot
-from .ops.types import Running
-from .tracking import RunningState, Tracking, commit, require_tracking
+from .step import train
+from .tracking import RunningState, Tracking, require_tracking
 
 _STATISTICS = ("running_mean", "running_var")
 _STATE = (*_STATISTICS, "num_batches_tracked", "num_batches_skipped")
@@ -190,10 +188,14 @@ class Norm(nn.Module):
 
         Raises:
             TypeError: x is not floating point, or the mask not boolean.
-            ValueError: a shape does not fit, or a statistics group has a single element and there are no limits.
+            ValueError: a shape does not fit, a statistics group has a single element and there are no limits, or the
+                layer has an activation of its own and another is given.
         """
         self._check(x)
-        return self._finish(self._normalize(x, mask, residual, act or self._fused_activation()))
+        own = self._fused_activation()
+        if act is not None and own is not None:
+            raise ValueError(f"act must be None for a layer that has act={own!r} of its own, got {act!r}")
+        return self._finish(self._normalize(x, mask, residual, act or own))
 
     def _fused_activation(self) -> Activation | None:
         return self.act
@@ -223,29 +225,17 @@ class Norm(nn.Module):
     def _normalize_batch(
         self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None
     ) -> Tensor:
-        state = self._state() if self.track_running_stats else None
-        running = None if state is None or self.limits is None else self._running(x, residual, state, self.limits)
         eps = self.eps * 1.0  # the compiler must meet a float of the module outside autograd.Function first
-        y, moments = F.normalize_batch(x, self.weight, self.bias, mask, running, self.grouping, eps, residual, act)
-        if state is not None and x.numel() > 0:
-            commit(
-                state, moments,
-                momentum=self.momentum, tracking=self.tracking, channels_per_group=self.channels_per_group, eps=eps,
-            )  # fmt: skip
-        return y
+        if not self.track_running_stats:
+            return F.normalize_batch(x, self.weight, self.bias, mask, None, self.grouping, eps, residual, act)[0]
+        return train(
+            x, self.weight, self.bias, mask, residual, self._state(), self.limits, self.grouping, eps, act,
+            self.tracking, self.momentum,
+        )  # fmt: skip
 
     def _state(self) -> RunningState:
         # from the dict, since every attribute of a module that is a buffer costs half a microsecond
         return RunningState(*(self._buffers[name] for name in _STATE))  # type: ignore[arg-type]
-
-    def _running(self, x: Tensor, residual: Tensor | None, state: RunningState, limits: Limits) -> Running:
-        mean, var, steps = state.mean, state.var, state.steps
-        if not suits_kernels(x, residual):  # these keep r and d themselves
-            mean, var, steps = snapshot(mean), snapshot(var), snapshot(steps)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        if mean.dtype != dtype:
-            mean, var = mean.to(dtype), var.to(dtype)
-        return Running(mean, var, *limits(steps, dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers[name] for name in _STATISTICS}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .moments import Moments
-from .ops import extension
+from .ops.normalize import suits_kernels, suits_state
 
 Tracking = Literal["std", "var", "total"]
 
@@ -126,9 +126,9 @@ def _commit_plainly(
 
 
 def _suits_kernels(state: RunningState, moments: Moments) -> bool:
-    if torch.compiler.is_compiling() or not extension.suits(moments.mean) or moments.mean.dtype != state.mean.dtype:
+    if torch.compiler.is_compiling() or not suits_kernels(moments.mean, None):
         return False
-    return all(map(extension.suits_state, state))
+    return moments.mean.dtype == state.mean.dtype and suits_state(moments.mean, state)
 
 
 def _update_var(running_var: Tensor, moments: Moments, batch: Moments, momentum: float | Tensor, eps: float) -> Tensor:

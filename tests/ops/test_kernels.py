@@ -6,7 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +242,74 @@ def test_a_hundred_million_elements_of_a_channel(channels_last: bool) -> None:
     torch.testing.assert_close(moments.var[0].double(), exact_var, rtol=1e-5, atol=0)
     mean, var = (moment.view(1, -1, *[1] * (x.ndim - 2)) for moment in (exact_mean, exact_var))
     assert float((y - ((x.double() - mean) / (var + 1e-5).sqrt()).float()).abs().max()) < 1e-5 * 6
+
+
+def begins_elsewhere(x: Tensor) -> None:
+    x[0] -= 1e4
+
+
+def has_planes_that_begin_elsewhere(x: Tensor) -> None:
+    x.flatten(2)[:, :, : x[0, 0].numel() // 2] -= 1e4
+
+
+def is_in_order(x: Tensor) -> None:
+    x.copy_(torch.linspace(-1e4, 1e4, x.numel(), dtype=x.dtype).view(x.shape))
+
+
+def jumps(x: Tensor) -> None:
+    x.copy_(x.sub(1e4).mul(1e-3))
+    x[len(x) // 2 :] += 100
+
+
+def is_constant_but_for_the_end(x: Tensor) -> None:
+    x.fill_(0.1)
+    x[-1] = 0.3
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("size", [(2, 2), (4, 4), (7, 7), (8, 8), (31, 33), (147, 147)], ids=str)
+@pytest.mark.parametrize(
+    "change", [None, begins_elsewhere, has_planes_that_begin_elsewhere, is_in_order, jumps, is_constant_but_for_the_end]
+)
+def test_moments_are_exact_wherever_the_first_elements_lie(
+    change: Callable[[Tensor], None] | None, size: tuple[int, int], channels_last: bool
+) -> None:
+    wide = torch.randn(80, 3, *size, dtype=torch.float64) + 1e4
+    if change is not None:
+        change(wide)
+    x = wide.float().contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    mask = torch.rand(80, *size) < 0.5
+    for counted in (None, mask):
+        _, moments = functional.batch_norm(x, mask=counted)
+        kept = x.double().movedim(1, 0)[:, mask if counted is not None else torch.ones_like(mask)]
+        var, mean = torch.var_mean(kept, 1, correction=0)
+        torch.testing.assert_close(moments.var[0].double(), var, rtol=5e-6, atol=1e-12)
+        error = (moments.mean[0] - mean).abs()
+        assert bool((error <= 1e-7 * mean.abs() + 3e-6 * var.sqrt()).all())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weight", torch.ones(3)),
+        ("running_mean", torch.ones(5)),
+        ("mask", torch.ones(2, 6, dtype=torch.bool)),
+        ("mask", torch.ones(2, 5)),
+        ("residual", torch.ones(1, 4, 1)),
+        ("r_max", torch.ones(2)),
+        ("channels_per_group", 3),
+        ("examples_per_group", 0),
+    ],
+)
+def test_a_direct_call_with_a_wrong_size_is_refused(name: str, value: Any) -> None:
+    arguments = {
+        "x": torch.randn(2, 4, 5), "weight": None, "bias": None, "mask": None, "residual": None,
+        "running_mean": torch.zeros(4), "running_var": torch.ones(4), "r_max": torch.ones(()), "d_max": torch.zeros(()),
+        "r": None, "d": None, "examples_per_group": None, "channels_per_group": 1, "eps": 1e-5, "act": "none",
+    }  # fmt: skip
+    torch.ops.renorm.normalize_eager(**arguments)
+    with pytest.raises(RuntimeError, match="shaped like x" if name == "residual" else name):
+        torch.ops.renorm.normalize_eager(**arguments | {name: value})
 
 
 def test_compiled_layers_contain_the_operation_once_per_direction() -> None:

@@ -72,7 +72,7 @@ def forward(
     scale = (var + eps).rsqrt_()
     shift = None
     if correction is not None:
-        r, d = _correct(mean, scale, correction, eps) if isinstance(correction, Running) else _squeezed(correction)
+        r, d = correct(mean, scale, correction, eps) if isinstance(correction, Running) else _squeezed(correction)
         correction = Correction(r[None], d[None])
         scale, shift = scale * r, d
     if weight is not None:
@@ -148,7 +148,18 @@ def _sums_by_batch_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     return total, squares
 
 
-def _correct(mean: Tensor, inverse_sigma: Tensor, running: Running, eps: float) -> tuple[Tensor, Tensor]:
+def correct(mean: Tensor, inverse_sigma: Tensor, running: Running, eps: float) -> tuple[Tensor, Tensor]:
+    """r and d of `statistics.correct` for one group per channel, from 1 / sigma.
+
+    Args:
+        mean: of the batch, (C,).
+        inverse_sigma: 1 / sqrt(var + eps) of the batch, (C,).
+        running: running statistics and limits.
+        eps: added to the variance.
+
+    Returns:
+        r and d, (C,) each.
+    """
     inverse_running_sigma = (running.var + eps).rsqrt_()
     r = (inverse_running_sigma / inverse_sigma).clamp_(1 / running.r_max, running.r_max)
     d = (mean - running.mean).mul_(inverse_running_sigma).clamp_(-running.d_max, running.d_max)

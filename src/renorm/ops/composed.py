@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..activation import Activation, activate
 from ..grouping import Grouping
 from ..moments import Moments
-from . import aten, reference
+from . import aten, aten_gpu, reference
 from .types import Correction, Running
 
 
@@ -60,6 +61,10 @@ def finish(y: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activat
     return activate(y, act)
 
 
+def _torch_kernels(x: Tensor, mask: Tensor | None, grouping: Grouping) -> ModuleType | None:
+    return next((module for module in (aten, aten_gpu) if module.suits(x, mask, grouping)), None)
+
+
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -71,8 +76,9 @@ class _Normalize(torch.autograd.Function):
         grouping: Grouping,
         eps: float,
     ) -> tuple[Tensor, ...]:
-        if aten.suits(x, mask, grouping):
-            y, moments, applied = aten.forward(x, weight, bias, correction, eps)
+        torch_kernels = _torch_kernels(x, mask, grouping)
+        if torch_kernels is not None:
+            y, moments, applied = torch_kernels.forward(x, weight, bias, correction, eps)
         else:
             y, moments, applied = reference.forward(x, weight, bias, mask, correction, grouping, eps)
         return y, *moments, *(applied or ())
@@ -88,8 +94,9 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask, mean, var, count, *applied = ctx.saved_tensors
         moments, correction = Moments(mean, var, count), Correction(*applied) if applied else None
-        if aten.suits(x, mask, ctx.grouping):
-            gradients = aten.backward(dy, x, weight, moments, correction, ctx.eps)
+        torch_kernels = _torch_kernels(x, mask, ctx.grouping)
+        if torch_kernels is not None:
+            gradients = torch_kernels.backward(dy, x, weight, moments, correction, ctx.eps)
         else:
             gradients = reference.backward(dy, x, weight, mask, moments, correction, ctx.grouping, ctx.eps)
         _, wants_weight, wants_bias, *_ = ctx.needs_input_grad

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..activation import Activation
-from . import extension
 from .composed import finish
+from .normalize import suits_kernels
 from .statistics import apply, center, pool, pool_running, spread
 
 
@@ -59,9 +59,7 @@ def evaluate(
 
 
 def _suits_kernels(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or x.numel() == 0 or not extension.suits(x):
-        return False
-    if residual is not None and residual.dtype != x.dtype:
+    if torch.compiler.is_compiling() or x.numel() == 0 or not suits_kernels(x, residual):
         return False
     needs_gradient = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, residual))
     return not (needs_gradient and torch.is_grad_enabled())

@@ -7,10 +7,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-_PLAIN = (Tensor, nn.Parameter)  # subclasses bring operations of their own
+from .types import takes_kernels
 
 
 def _load() -> bool:
@@ -48,20 +47,4 @@ def suits(x: Tensor) -> bool:
     Returns:
         True for a plain floating-point tensor on the CPU outside torch.func's transforms, if there are kernels.
     """
-    if not _loaded or not x.is_cpu or x.dtype not in _DTYPES:
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    return type(x) in _PLAIN and torch._C._functorch.peek_interpreter_stack() is None
-
-
-def suits_state(tensor: Tensor) -> bool:
-    """Whether the kernels can move a buffer in place.
-
-    Args:
-        tensor: running statistic or counter.
-
-    Returns:
-        True for a plain, contiguous tensor on the CPU, if there are kernels.
-    """
-    return _loaded and type(tensor) in _PLAIN and tensor.is_cpu and tensor.is_contiguous()
+    return _loaded and x.is_cpu and takes_kernels(x)

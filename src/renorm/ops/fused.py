@@ -15,12 +15,12 @@ from torch import Tensor
 from ..activation import Activation, derivative_from_output, is_piecewise_linear
 from ..grouping import Grouping
 from ..moments import Moments
-from . import extension
+from . import schema  # noqa: F401  # defines the operations
 from .composed import compose, finish
 from .types import Correction, Running
 
-# Rows of the coefficients that the kernels return beside the moments.
-_R, _D = 3, 4
+# Coefficients that the kernels return beside the moments: this many rows, among them r and d.
+_ROWS, _R, _D = 6, 3, 4
 
 
 def normalize(
@@ -63,6 +63,49 @@ def normalize(
     return y, Moments(mean, var, count)
 
 
+def normalize_and_track(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    state: tuple[Tensor, Tensor, Tensor, Tensor],
+    limits: tuple[float | Tensor, float | Tensor] | None,
+    grouping: Grouping,
+    eps: float,
+    act: Activation | None,
+    tracking: str,
+    momentum: float | None,
+) -> Tensor:
+    """A layer's training step in eager mode: `normalize`, and the running statistics move.
+
+    Args:
+        x: input, (N, C, *S), not empty, as `extension.suits` wants it.
+        weight: gamma, (C,), or None for 1.
+        bias: beta, (C,), or None for 0.
+        mask: True where an element counts, (N, *S), or None.
+        residual: added before the activation, shape and dtype of x, or None.
+        state: running mean, running variance and both counters, all moved in place.
+        limits: of the correction towards the running statistics; None for batch norm.
+        grouping: which elements share statistics.
+        eps: added to the variance.
+        act: activation, or None.
+        tracking: rule by which the running statistics move.
+        momentum: weight of the batch; None for the cumulative average.
+
+    Returns:
+        The output.
+    """
+    r_max, d_max = (None, None) if limits is None else map(_as_tensor, limits)
+    settings = (
+        *state, r_max, d_max, grouping.examples_per_group, grouping.channels_per_group, eps, act or "none", tracking,
+        momentum,
+    )  # fmt: skip
+    y: Tensor = _FusedStep.apply(x, weight, bias, residual, mask, settings)
+    torch.autograd.graph.increment_version(state)
+    return y
+
+
 _NOTHING = (None, None, None, None)
 
 
@@ -79,9 +122,21 @@ def _constant(value: float) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, mask, residual, *_, ctx.examples_per_group, ctx.channels_per_group, ctx.eps, ctx.act = inputs
     y, mean, var, count, coefficients = output
     ctx.mark_non_differentiable(mean, var, count, coefficients)
+    _save_settled(ctx, inputs[:5], y, count, coefficients, inputs[-4:])
+
+
+def _save_settled(
+    ctx: Any,
+    inputs: tuple[Tensor | None, ...],
+    y: Tensor,
+    count: Tensor,
+    coefficients: Tensor,
+    settings: tuple[Any, ...],
+) -> None:
+    x, weight, bias, mask, residual = inputs
+    ctx.examples_per_group, ctx.channels_per_group, ctx.eps, ctx.act = settings
     ctx.set_materialize_grads(False)  # no zeros for the outputs that have no gradient
     # The activation's gradient is computed from x again; with a residual, a piecewise linear one's from y, which
     # whatever comes next keeps anyhow.
@@ -160,6 +215,27 @@ class _Fused(torch.autograd.Function):
         return *_gradients(ctx, dy, ctx.needs_input_grad[:4]), None, None
 
 
+class _FusedStep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        settings: tuple[Any, ...],
+    ) -> Tensor:
+        inputs = (x, weight, bias, mask, residual)
+        y, count, coefficients = torch.ops.renorm.normalize_and_track.default(*inputs, *settings)
+        _save_settled(ctx, inputs, y, count, coefficients, settings[6:10])
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, dy, ctx.needs_input_grad[:4]), None, None
+
+
 def _output_like(x: Tensor) -> Tensor:
     # The kernels keep both dense layouts, and copy whatever else comes.
     return torch.empty_like(x) if _is_dense(x) else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -179,7 +255,7 @@ def _register() -> None:
             return x.new_empty(shape, dtype=wide)
 
         moments = statistic(groups, channels), statistic(groups, channels), statistic(groups, 1)
-        return _output_like(x), *moments, statistic(6, groups, channels)
+        return _output_like(x), *moments, statistic(_ROWS, groups, channels)
 
     def differentiated(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         wide, wants_residual = torch.promote_types(x.dtype, torch.float32), arguments[-1]
@@ -196,5 +272,4 @@ def _register() -> None:
     torch.library.register_autograd("renorm::normalize", backward, setup_context=_save)
 
 
-if extension.available():
-    _register()
+_register()

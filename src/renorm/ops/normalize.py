@@ -1,19 +1,21 @@
-"""The one place that chooses how a batch is normalized: by the C++ kernels, torch's own, or the definition."""
+"""The one place that chooses how a batch is normalized: by kernels of ours, torch's own, or the definition."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from torch import Tensor
 
 from ..activation import Activation
 from ..grouping import Grouping
 from ..moments import Moments
-from . import extension, fused
+from . import extension, fused, gpu
 from .composed import compose, finish
-from .types import Correction, Running
+from .types import PLAIN, Correction, Running
 
 
 def suits_kernels(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether `normalize` goes by the C++ kernels.
+    """Whether `normalize` goes by the kernels: C++ on the CPU, Triton on a GPU.
 
     Args:
         x: input, (N, C, *S).
@@ -22,7 +24,20 @@ def suits_kernels(x: Tensor, residual: Tensor | None) -> bool:
     Returns:
         False where torch's own operations do it.
     """
-    return extension.suits(x) and (residual is None or residual.dtype == x.dtype)
+    return (extension.suits(x) or gpu.suits(x)) and (residual is None or residual.dtype == x.dtype)
+
+
+def suits_state(x: Tensor, state: Iterable[Tensor]) -> bool:
+    """Whether the kernels that take x can move buffers in place.
+
+    Args:
+        x: a tensor that `suits_kernels`.
+        state: running statistics and counters.
+
+    Returns:
+        True for plain, contiguous tensors on the device of x.
+    """
+    return all(type(tensor) in PLAIN and tensor.device == x.device and tensor.is_contiguous() for tensor in state)
 
 
 def normalize(

@@ -1,0 +1,181 @@
+"""The Triton kernels against torch's operations in float64: on a GPU, or, without one, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from renorm import functional
+from renorm.activation import activate
+from renorm.moments import Moments
+from renorm.ops import extension, gpu
+from renorm.tracking import RunningState, commit
+
+pytest.importorskip("triton")
+from renorm.ops.triton import launch, tiles
+from renorm.ops.triton.tracking import track
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+GROUPINGS = {"batch": (None, 1), "ghost": (2, 1), "batch-group": (2, 2), "group": (1, 2), "layer": (1, 4)}
+LAYOUTS = {"(N, C)": (), "short planes": (3, 3), "planes": (5, 7), "long planes": (70,)}
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "gelu")
+
+
+@pytest.fixture(autouse=True)
+def _on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(extension, "_loaded", False)
+    monkeypatch.setenv("RENORM_GPU", "off")  # what is compared with goes by torch's operations
+    gpu.available.cache_clear()
+    with torch.device(DEVICE):
+        yield
+    gpu.available.cache_clear()
+
+
+@pytest.fixture(params=[False, True], ids=["in one", "in two"])
+def in_two(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether what would fit a program is cut into tiles all the same, small ones."""
+    if request.param:
+        monkeypatch.setattr(tiles, "_ON_CHIP", 0)
+        monkeypatch.setattr(tiles, "_TILE", 64)
+        monkeypatch.setattr(tiles, "_RUN", 32)
+        monkeypatch.setattr(tiles, "_CHANNELS", 4)
+    return bool(request.param)
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    values = torch.randn(shape, dtype=torch.float64).to(dtype)
+    return values.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else values
+
+
+def error(actual: Tensor, expected: Tensor, scale: float = 1.0) -> float:
+    """The largest difference, over the largest number that is right, if that is more than scale."""
+    return float((actual.double() - expected).abs().max()) / max(scale, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("grouping", GROUPINGS.values(), ids=GROUPINGS)
+def test_forward_and_gradients_agree_with_torch_in_float64(
+    grouping: tuple[int | None, int], layout: tuple[int, ...], channels_last: bool, in_two: bool
+) -> None:
+    turns = itertools.product(TOLERANCE, (False, True), (False, True), ACTIVATIONS)
+    for i, (dtype, has_residual, has_mask, act) in enumerate(turns):
+        if i % 23 != (5 * len(layout) + 11 * in_two + 7 * channels_last + (grouping[0] or 0) + grouping[1]) % 23:
+            continue  # a few in each case, all of them over the cases
+        shape = (5, 4, *layout)
+        x, residual, dy = (draw(shape, dtype, channels_last) for _ in range(3))
+        wide = torch.promote_types(dtype, torch.float32)
+        weight, bias, mean = (torch.randn(4, dtype=wide) for _ in range(3))
+        var = torch.rand(4, dtype=wide) + 0.5
+        mask = torch.rand(shape[0], *shape[2:]) < 0.7 if has_mask else None
+        limits = torch.tensor(1.5), torch.tensor(0.5)
+        options = {"examples_per_group": grouping[0], "channels_per_group": grouping[1]}
+
+        leaves = [tensor.double().requires_grad_() for tensor in (x, weight, bias, residual)]
+        before, exact_moments = functional.batch_renorm(
+            leaves[0], mean.double(), var.double(), *leaves[1:3], r_max=1.5, d_max=0.5, mask=mask, **options
+        )
+        if has_residual:
+            before = before + (leaves[3] if mask is None else leaves[3].where(mask.unsqueeze(1), 0))
+        # near a kink, rounding decides on which side an element lies
+        dy = dy.where(torch.minimum(before.abs(), (before - 6).abs()) > 4 * TOLERANCE[dtype], 0)
+        exact = activate(before, act)
+        gradients = torch.autograd.grad(exact, leaves if has_residual else leaves[:3], dy.double())
+
+        given = residual if has_residual else None
+        y, *moments, coefficients = launch.normalize(
+            x, weight, bias, mask, given, mean, var, *limits, None, None, *grouping, 1e-5, act or "none"
+        )
+        arguments = (moments[2], coefficients, *grouping, act or "none", has_residual)
+        found = launch.normalize_backward(dy, x, weight, mask, given, None, *arguments)[: 3 + has_residual]
+
+        case = (dtype, has_residual, has_mask, act)
+        assert y.dtype == dtype, case
+        assert y.stride() == x.stride(), case
+        for actual, expected in zip((y, *moments), (exact.detach(), *exact_moments), strict=True):
+            assert error(actual, expected) <= TOLERANCE[dtype], case
+        for actual, expected in zip(found, gradients, strict=True):
+            assert error(actual, expected, float(dy.abs().max())) <= TOLERANCE[dtype], case
+
+
+def test_gradients_come_from_the_output_as_from_the_input(in_two: bool) -> None:
+    for act in ("relu", "relu6", "leaky_relu"):
+        x, residual, dy = (torch.randn(5, 4, 7) for _ in range(3))
+        rest = (*(None,) * 7, 1, 1e-5, act)
+        y, _, _, count, coefficients = launch.normalize(x, None, None, None, residual, *rest)
+        arguments = (count, coefficients, None, 1, act, True)
+        from_x = launch.normalize_backward(dy, x, None, None, residual, None, *arguments)
+        from_y = launch.normalize_backward(dy, x, None, None, None, y, *arguments)
+        for one, other in zip(from_x, from_y, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS.values(), ids=GROUPINGS)
+def test_r_and_d_may_be_given(grouping: tuple[int | None, int], in_two: bool) -> None:
+    x, weight, bias = torch.randn(5, 4, 5), torch.randn(4), torch.randn(4)
+    groups = 1 if grouping[0] is None else {2: 2, 1: 5}[grouping[0]]
+    r, d = (torch.rand(groups, 4 // grouping[1]) + 0.5 for _ in range(2))
+    y, *_ = launch.normalize(x, weight, bias, None, None, None, None, None, None, r, d, *grouping, 1e-5, "none")
+    exact, _ = functional.renormalize(
+        x.double(), r.double(), d.double(), weight.double(), bias.double(),
+        examples_per_group=grouping[0], channels_per_group=grouping[1],
+    )  # fmt: skip
+    assert error(y, exact) < 1e-5
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_evaluation_agrees(alpha: float, k: int, channels_last: bool, in_two: bool) -> None:
+    for act, has_mask in itertools.product((None, "silu"), (False, True)):
+        x = draw((3, 4, 4, 5), torch.float32, channels_last)
+        residual, weight, bias, mean = torch.randn_like(x), torch.randn(4), torch.randn(4), torch.randn(4)
+        var, mask = torch.rand(4) + 0.5, torch.rand(3, 4, 5) < 0.6 if has_mask else None
+        y = launch.evaluate(x, weight, bias, mask, residual, mean, var, alpha, k, 1e-5, act or "none")
+        exact = functional.weighted_batch_norm(
+            x.double(), mean.double(), var.double(), weight.double(), bias.double(), example_weight=alpha, mask=mask,
+            channels_per_group=k, residual=residual.double(), act=act,
+        )  # fmt: skip
+        assert error(y, exact) < 1e-5, (act, has_mask)
+
+
+@pytest.mark.parametrize("tracking", ["std", "var", "total"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_move_as_elsewhere(tracking: Any, momentum: float | None) -> None:
+    faulty = torch.randn(2, 5).index_fill(1, torch.tensor(3), float("nan"))
+    for mean, count in ((torch.randn(2, 5), 8.0), (torch.randn(2, 5), 1.0), (faulty, 8.0), (torch.randn(2, 5), 0.0)):
+        moments = Moments(mean, torch.rand(2, 5), torch.tensor([[count], [count / 2]]))
+        states = [
+            RunningState(torch.full((5,), 0.5), torch.full((5,), 2.0), torch.tensor(3), torch.tensor(1))
+            for _ in range(2)
+        ]
+        track(*states[0], *moments, tracking, momentum, 1, 1e-5)
+        commit(states[1], moments, momentum=momentum, tracking=tracking, channels_per_group=1, eps=1e-5)
+        for ours, expected in zip(*states, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_limits_may_be_in_memory(in_two: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, mean, var = torch.randn(6, 4, 5) * 3 + 2, torch.zeros(4), torch.ones(4)
+    arguments = (x, None, None, None, None, mean, var, torch.tensor(1.2), torch.tensor(0.3), None, None, None, 1, 1e-5)
+    by_number = launch.normalize(*arguments, "none")
+    monkeypatch.setattr(launch, "_limits", lambda r_max, d_max: (r_max, d_max))
+    for one, other in zip(launch.normalize(*arguments, "none"), by_number, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+def test_a_large_mean_costs_no_digits(channels_last: bool, in_two: bool) -> None:
+    x = draw((40, 3, 9), torch.float64, channels_last).add(1e4).float()
+    x[0] -= 1e4
+    y, _, var, *_ = launch.normalize(x, *(None,) * 11, 1, 1e-5, "none")
+    exact, moments = functional.batch_norm(x.double())
+    assert error(y, exact) < 1e-5
+    assert error(var / moments.var, torch.ones(1)) < 1e-5
