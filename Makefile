@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BASE ?= HEAD
 OUT ?= runs
 
-.PHONY: setup demo test test-slow sanitize lint types bench bench-regression clean
+.PHONY: setup demo test test-slow sanitize lint types bench bench-regression gpu gpu-packages clean
 
 setup: $(VENV)/.ready
 
@@ -44,6 +44,13 @@ bench: setup ## about 40 minutes; then the tables and figures of docs/benchmarks
 
 bench-regression: setup ## ratio of times to another commit: make bench-regression BASE=main
 	$(BIN)/python benchmarks/regression.py $(BASE)
+
+gpu: ## tests and times on this machine's GPU, with the Python, torch and Triton that are there
+	benchmarks/gpu.sh
+
+gpu-packages: setup ## what the machine with the GPU may lack, in a folder to take along
+	$(BIN)/python -m pip install --quiet --target build/gpu-packages --no-deps -c constraints.txt \
+		pytest pluggy iniconfig hypothesis sortedcontainers timm huggingface-hub safetensors
 
 clean:
 	rm -rf $(VENV) build dist src/renorm/_kernels.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -131,6 +131,14 @@ def test_every_script_runs_from_measuring_to_the_page(tmp_path: Path) -> None:
         assert f"figures/{figure}" in page
 
 
+@pytest.mark.slow
+def test_the_gpu_script_runs_on_any_device(tmp_path: Path) -> None:
+    printed = run("gpu", "--quick", "--device", "cpu", "--out", str(tmp_path))
+    assert "BatchRenorm2d / nn.BatchNorm2d, norm+residual+relu, bf16, channels_last" not in printed  # too small
+    assert "training step, BatchRenorm2d / plain code" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu-layers.csv", "gpu-models.csv", "gpu-machine.csv"}
+
+
 def run(script: str, *arguments: str) -> str:
     """Run a script as a user would, and return what it prints."""
     command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments]
