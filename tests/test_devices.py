@@ -1,4 +1,4 @@
-"""Devices without kernels of their own: the definition in plain torch, here on meta tensors, which have shapes alone."""
+"""Devices without kernels of their own take plain torch: here meta tensors, which have shapes alone."""
 
 from __future__ import annotations
 
