@@ -167,8 +167,9 @@ def bandwidth_shares(rows: list[Row]) -> list[float]:
     """
     copies = {_case(row): float(row["median_ms"]) for row in select(rows, contender=c.COPY, direction="forward")}
     both = select(rows, contender=c.OURS, direction="both", variant="norm")
-    passes = {_case(row): 8 * copies[_case(row)] / 2 / float(row["median_ms"]) for row in both}
-    return [share for case, share in passes.items() if float(case[1]) > _COPY_BOUND_MB]
+    passes, of_copy = 3 + 5, 2
+    shares = {_case(row): passes / of_copy * copies[_case(row)] / float(row["median_ms"]) for row in both}
+    return [share for case, share in shares.items() if float(case[1]) > _COPY_BOUND_MB]
 
 
 def _case(row: Row) -> tuple[Any, ...]:

@@ -89,6 +89,7 @@ struct Columns {
     for (int64_t j = 0; j < 2 * region.width; ++j) moments[j] = 0;
   }
 
+  // Shifts by the mean of the first rows.
   void start(int64_t begin, int64_t end) {
     constexpr int64_t kSample = 8;
     for (int64_t j = 0; j < region.width; ++j) shift[j] = 0;
@@ -96,6 +97,7 @@ struct Columns {
     for (int64_t j = 0; counted && j < region.width; ++j) shift[j] = sums[j] / A(counted);
   }
 
+  // Sums over rows, and how many of them counted.
   int64_t sum(int64_t begin, int64_t end) {
     const int64_t stride = region.stride, width = region.width;
     const T* x = problem.x + region.offset;

@@ -27,10 +27,11 @@ inline bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>
 template <class T>
 RENORM_INLINE void fetch(const T* from) { __builtin_prefetch(from, 0, 2); }
 
+constexpr int64_t kLongRun = 1024;  // elements side by side, of which the first and the last cost little
+
 // Units of whole channel groups, wide enough to be read in long runs.
 inline int64_t channels_per_panel(const Shape& shape) {
-  constexpr int64_t kPanel = 1024;
-  const int64_t k = shape.channels_per_group, fitting = kPanel / shape.positions / k * k;
+  const int64_t k = shape.channels_per_group, fitting = kLongRun / shape.positions / k * k;
   return fitting < k ? k : fitting;
 }
 inline int64_t panels(const Shape& shape) {
@@ -41,8 +42,8 @@ inline int64_t panels(const Shape& shape) {
 // Whether a run of outputs is written past the cache: where it is long, or shares no line with the next run.
 template <class T>
 RENORM_INLINE bool passes_cache(bool wanted, const T* to, int64_t at, int64_t length) {
-  constexpr int64_t kLong = 1024, kLine = kLanes<Accumulation<T>>;
-  return wanted && is_aligned(to) && (length >= kLong || (at | length) % kLine == 0);
+  constexpr int64_t kLine = kLanes<Accumulation<T>>;
+  return wanted && is_aligned(to) && (length >= kLongRun || (at | length) % kLine == 0);
 }
 
 // y = act((x - center) * scale + offset + residual), 0 where the mask is false; and fetches what lies `ahead`
@@ -62,9 +63,7 @@ RENORM_INLINE void apply_run(const Forward<T>& problem, int64_t at, int64_t mask
     z = activate<A>(act.get(), z);
     if constexpr (MASKED) z = lanes.load_mask(mask + i) ? z : Vector<A>{};
     lanes.store(y + i, z, past_cache);
-    if (ahead) {
-      fetch(x + ahead + i);
-    }
+    if (ahead) fetch(x + ahead + i);
   });
 }
 

@@ -29,7 +29,6 @@ struct Piece {
 // A unit and how it is cut. The cut depends on the shape alone, so the result does not depend on the number of threads.
 struct Unit {
   static constexpr int64_t kElements = 4096;   // of a channel, in one sum: float holds it well
-  static constexpr int64_t kRun = 1024;        // elements side by side
   static constexpr int64_t kMostChannels = 64;
   static constexpr int64_t kFetchedBytes = 512 * 1024;  // of a unit, beyond which the next one finds no room in the cache
   const Shape& shape;
@@ -41,7 +40,7 @@ struct Unit {
 
   Unit(const Shape& shape, int64_t group, int64_t panel)
       : shape(shape), group(group), first(shape.group_begin(group)), last(shape.group_end(group)) {
-    const int64_t size = shape.positions, most = channels_per_panel(shape), wide = kRun / size;
+    const int64_t size = shape.positions, most = channels_per_panel(shape), wide = kLongRun / size;
     channel = panel * most;
     channels = shape.channels - channel < most ? shape.channels - channel : most;
     strip = wide < 1 ? 1 : wide < kMostChannels ? wide : kMostChannels;
@@ -121,6 +120,20 @@ RENORM_INLINE void sum_deviations(const Forward<T>& problem, const Piece& piece,
   });
 }
 
+// How far the mean is from the shift, the variance and the count; zeros where nothing counts.
+struct Drift {
+  double drift = 0, var = 0, count = 0;
+};
+
+template <class A, bool MASKED>
+Drift drift_of(const Deviations<A, MASKED>& sums, int64_t elements) {
+  double count = elements;
+  if constexpr (MASKED) count = sum_of_lanes<A>(sums[0][2] + sums[1][2]);
+  if (count == 0) return {};
+  const double drift = sum_of_lanes<A>(sums[0][0] + sums[1][0]) / count;
+  return {drift, sum_of_lanes<A>(sums[0][1] + sums[1][1]) / count - drift * drift, count};
+}
+
 template <class T, bool MASKED>
 void moments_of_piece(const Forward<T>& problem, const Unit& unit, int64_t index, Moments* partial) {
   using A = Accumulation<T>;
@@ -133,20 +146,13 @@ void moments_of_piece(const Forward<T>& problem, const Unit& unit, int64_t index
   }
   sum_deviations<T, MASKED>(problem, piece, shift, totals);
   for (int64_t c = 0; c < piece.channels; ++c) {
-    Moments& moments = partial[unit.slot(piece, c, index)];
-    for (bool again = false;; again = true) {
-      const double count = MASKED ? sum_of_lanes<A>(totals[c][0][2] + totals[c][1][2]) : double(piece.count());
-      if (count == 0) {
-        moments = {};
-        break;
-      }
-      const double drift = double(sum_of_lanes<A>(totals[c][0][0] + totals[c][1][0])) / count;
-      const double squares = sum_of_lanes<A>(totals[c][0][1] + totals[c][1][1]), var = squares / count - drift * drift;
-      moments = {shift[c] + drift, var * count, count};
-      if (again || !strays<double>(drift, var, shift[c])) break;
-      shift[c] = A(moments.mean);
+    Drift found = drift_of<A, MASKED>(totals[c], piece.count());
+    if (strays<double>(found.drift, found.var, shift[c])) {
+      shift[c] += A(found.drift);
       sum_deviations<T, MASKED>(problem, piece.only(c), shift + c, totals + c);
+      found = drift_of<A, MASKED>(totals[c], piece.count());
     }
+    partial[unit.slot(piece, c, index)] = {shift[c] + found.drift, found.var * found.count, found.count};
   }
 }
 

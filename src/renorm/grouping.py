@@ -38,10 +38,13 @@ class Grouping:
         if self.examples_per_group is not None:
             _require_size("examples_per_group", self.examples_per_group)
 
-    @property
-    def is_per_channel(self) -> bool:
-        """Whether every channel has statistics of its own."""
-        return self.channels_per_group == 1
+    def is_plain(self, num_examples: int) -> bool:
+        """Whether every channel of a batch is one group, as in batch norm.
+
+        Args:
+            num_examples: examples in the batch, at least 1.
+        """
+        return self.channels_per_group == 1 and self.parts(num_examples) == [(1, num_examples)]
 
     def parts(self, num_examples: int) -> list[tuple[int, int]]:
         """The example groups of a batch, as runs of equal groups.

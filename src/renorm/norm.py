@@ -45,7 +45,7 @@ class Norm(nn.Module):
         tracking: how the running variance moves, "std", "var" or "total" (see `functional.update_running`).
         example_weight: alpha in [0, 1], the weight of an example's own statistics at evaluation. An ordinary
             attribute: set it at any time.
-        act: activation applied to the output: None, "relu", "leaky_relu", "silu" or "gelu".
+        act: activation applied to the output: None, "relu", "relu6", "leaky_relu", "silu" or "gelu".
 
     Raises:
         TypeError: a group's size is not an integer.

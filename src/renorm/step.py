@@ -11,7 +11,8 @@ from .checks import check_batch, check_groups
 from .grouping import Grouping
 from .limits import Limits
 from .ops import fused
-from .ops.normalize import suits_kernels, suits_state
+from .ops.normalize import suits_kernels
+from .ops.plain import suits_state
 from .ops.snapshot import snapshot
 from .ops.types import Running
 from .tracking import RunningState, Tracking, commit

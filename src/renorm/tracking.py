@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .moments import Moments
-from .ops.normalize import suits_kernels, suits_state
+from .ops.normalize import suits_kernels
+from .ops.plain import suits_state
 
 Tracking = Literal["std", "var", "total"]
 

@@ -31,11 +31,9 @@ ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "gelu")
 @pytest.fixture(autouse=True)
 def _on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(extension, "_loaded", False)
-    monkeypatch.setenv("RENORM_GPU", "off")  # what is compared with goes by torch's operations
-    gpu.available.cache_clear()
+    monkeypatch.setattr(gpu, "_available", False)  # what is compared with goes by torch's operations
     with torch.device(DEVICE):
         yield
-    gpu.available.cache_clear()
 
 
 @pytest.fixture(params=[False, True], ids=["in one", "in two"])

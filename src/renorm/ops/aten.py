@@ -35,8 +35,7 @@ def suits(x: Tensor, mask: Tensor | None, grouping: Grouping) -> bool:
         return False
     if x.device.type != "cpu" or mask is not None or x.dtype not in (torch.float32, torch.float64):
         return False
-    whole_batch = grouping.examples_per_group is None or grouping.examples_per_group >= x.shape[0]
-    return whole_batch and grouping.is_per_channel and _is_laid_out_plainly(x)
+    return grouping.is_plain(x.shape[0]) and _is_laid_out_plainly(x)
 
 
 def _is_laid_out_plainly(x: Tensor) -> bool:

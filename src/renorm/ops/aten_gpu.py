@@ -32,7 +32,7 @@ def suits(x: Tensor, mask: Tensor | None, grouping: Grouping) -> bool:
         return False
     if not x.is_cuda or mask is not None or x.dtype not in _DTYPES:
         return False
-    return grouping.is_per_channel and len(grouping.parts(x.shape[0])) == 1 and grouping.parts(x.shape[0])[0][0] == 1
+    return grouping.is_plain(x.shape[0])
 
 
 def forward(

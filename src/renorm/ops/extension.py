@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .types import takes_kernels
+from .plain import is_plain
 
 
 def _load() -> bool:
@@ -47,4 +47,4 @@ def suits(x: Tensor) -> bool:
     Returns:
         True for a plain floating-point tensor on the CPU outside torch.func's transforms, if there are kernels.
     """
-    return _loaded and x.is_cpu and takes_kernels(x)
+    return _loaded and x.is_cpu and is_plain(x)

@@ -1,4 +1,4 @@
-"""Training forward and backward as one operation each, with activation and residual: the C++ kernels' side of torch.
+"""Training forward and backward as one operation each, with activation and residual: the kernels' side of torch.
 
 Eager code goes through an autograd.Function, which costs half of what a registered operation's autograd does; the
 compiler and torch.export see the registered operations, with their shapes and their gradient.
@@ -34,10 +34,10 @@ def normalize(
     eps: float,
     act: Activation | None,
 ) -> tuple[Tensor, Moments]:
-    """`ops.normalize.normalize` by the C++ kernels.
+    """`ops.normalize.normalize` by the kernels.
 
     Args:
-        x: input, (N, C, *S), not empty, as `extension.suits` wants it.
+        x: input, (N, C, *S), not empty, that `suits_kernels`.
         weight: gamma, (C,), or None for 1.
         bias: beta, (C,), or None for 0.
         mask: True where an element counts, (N, *S), or None.
@@ -80,7 +80,7 @@ def normalize_and_track(
     """A layer's training step in eager mode: `normalize`, and the running statistics move.
 
     Args:
-        x: input, (N, C, *S), not empty, as `extension.suits` wants it.
+        x: input, (N, C, *S), not empty, that `suits_kernels`.
         weight: gamma, (C,), or None for 1.
         bias: beta, (C,), or None for 0.
         mask: True where an element counts, (N, *S), or None.
@@ -124,10 +124,10 @@ def _constant(value: float) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     y, mean, var, count, coefficients = output
     ctx.mark_non_differentiable(mean, var, count, coefficients)
-    _save_settled(ctx, inputs[:5], y, count, coefficients, inputs[-4:])
+    _keep(ctx, inputs[:5], y, count, coefficients, inputs[-4:])
 
 
-def _save_settled(
+def _keep(
     ctx: Any,
     inputs: tuple[Tensor | None, ...],
     y: Tensor,
@@ -215,7 +215,8 @@ class _Fused(torch.autograd.Function):
         return *_gradients(ctx, dy, ctx.needs_input_grad[:4]), None, None
 
 
-class _FusedStep(torch.autograd.Function):
+class _FusedStep(_Fused):
+    # Its statistics are no outputs: autograd would have to be told about each of them.
     @staticmethod
     def forward(
         ctx: Any,
@@ -225,15 +226,11 @@ class _FusedStep(torch.autograd.Function):
         residual: Tensor | None,
         mask: Tensor | None,
         settings: tuple[Any, ...],
-    ) -> Tensor:
+    ) -> Any:
         inputs = (x, weight, bias, mask, residual)
         y, count, coefficients = torch.ops.renorm.normalize_and_track.default(*inputs, *settings)
-        _save_settled(ctx, inputs, y, count, coefficients, settings[6:10])
-        return y  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy, ctx.needs_input_grad[:4]), None, None
+        _keep(ctx, inputs, y, count, coefficients, settings[6:10])
+        return y
 
 
 def _output_like(x: Tensor) -> Tensor:

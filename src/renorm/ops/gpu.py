@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import os
-from functools import cache
 from importlib.util import find_spec
 
 from torch import Tensor
 
-from .types import takes_kernels
+from .plain import is_plain
 
-
-@cache
-def available() -> bool:
-    """Whether there is Triton to compile the kernels with, and RENORM_GPU is not off.
-
-    Returns:
-        True if GPU tensors are normalized by the kernels.
-    """
-    return os.environ.get("RENORM_GPU") != "off" and find_spec("triton") is not None
+# Known from the start, since torch.compile cannot look for it.
+_available = os.environ.get("RENORM_GPU") != "off" and find_spec("triton") is not None
 
 
 def suits(x: Tensor) -> bool:
@@ -28,6 +20,7 @@ def suits(x: Tensor) -> bool:
         x: input of a normalization.
 
     Returns:
-        True for a plain floating-point tensor on a GPU outside torch.func's transforms, if there is Triton.
+        True for a plain floating-point tensor on a GPU outside torch.func's transforms, if there is Triton and
+        RENORM_GPU is not off.
     """
-    return x.is_cuda and available() and takes_kernels(x)
+    return _available and x.is_cuda and is_plain(x)

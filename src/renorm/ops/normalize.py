@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 from ..activation import Activation
@@ -11,7 +9,7 @@ from ..grouping import Grouping
 from ..moments import Moments
 from . import extension, fused, gpu
 from .composed import compose, finish
-from .types import PLAIN, Correction, Running
+from .types import Correction, Running
 
 
 def suits_kernels(x: Tensor, residual: Tensor | None) -> bool:
@@ -25,19 +23,6 @@ def suits_kernels(x: Tensor, residual: Tensor | None) -> bool:
         False where torch's own operations do it.
     """
     return (extension.suits(x) or gpu.suits(x)) and (residual is None or residual.dtype == x.dtype)
-
-
-def suits_state(x: Tensor, state: Iterable[Tensor]) -> bool:
-    """Whether the kernels that take x can move buffers in place.
-
-    Args:
-        x: a tensor that `suits_kernels`.
-        state: running statistics and counters.
-
-    Returns:
-        True for plain, contiguous tensors on the device of x.
-    """
-    return all(type(tensor) in PLAIN and tensor.device == x.device and tensor.is_contiguous() for tensor in state)
 
 
 def normalize(

@@ -61,7 +61,9 @@ def _imported_at_first_call(path: str) -> Any:
     module, name = path.split(".")
 
     def call(*arguments: Any) -> Any:
-        return getattr(import_module(f".triton.{module}", __package__), name)(*arguments)
+        function = getattr(import_module(f".triton.{module}", __package__), name)
+        with torch.cuda.device(arguments[0].device):  # Triton launches on the current one
+            return function(*arguments)
 
     return call
 

@@ -7,29 +7,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..moments import Moments
-
-PLAIN = (Tensor, nn.Parameter)  # subclasses bring operations of their own
-_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-
-
-def takes_kernels(x: Tensor) -> bool:
-    """Whether kernels can take a tensor, if there are any for its device.
-
-    Args:
-        x: input of a normalization.
-
-    Returns:
-        True for a plain floating-point tensor outside torch.func's transforms.
-    """
-    if x.dtype not in _DTYPES:
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    return type(x) in PLAIN and torch._C._functorch.peek_interpreter_stack() is None
 
 
 class Running(NamedTuple):

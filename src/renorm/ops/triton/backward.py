@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .activation import backpropagate
 from .settle import sums_of_splits
-from .tiles import group_bounds, tile_at
+from .tiles import block_and_group, group_bounds, tile_at
 
 
 @triton.jit
@@ -45,7 +45,8 @@ def sum_gradients(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums over the tiles of a program: of g, of x - center, of their product; (3, G, splits, C)."""
-    block, split, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    split = tl.program_id(1)
+    block, g = block_and_group(C, BC)
     begin, examples = group_bounds(g, N, per_group, G)
     c = block * BC + tl.arange(0, BC)
     center, scale, offset = _load_coefficients(coefficients, g * C + c, G * C, c < C)
@@ -121,7 +122,8 @@ def differentiate(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradients of x and residual, from the sums; and, by the first program of a channel, of weight and bias."""
-    block, program, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    program = tl.program_id(1)
+    block, g = block_and_group(C, BC)
     c = block * BC + tl.arange(0, BC)
     at, row = g * C + c, G * C
     center, scale, offset = _load_coefficients(coefficients, at, row, c < C)
@@ -172,7 +174,7 @@ def differentiate_whole(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Both passes by a program that holds a channel's elements in a group."""
-    block, g = tl.program_id(0), tl.program_id(1)
+    block, g = block_and_group(C, BC)
     begin, examples = group_bounds(g, N, per_group, G)
     c = block * BC + tl.arange(0, BC)
     at, row = g * C + c, G * C

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .activation import activate
 from .moments import coefficients_of, combine, load_counted, mean_of_tile, moments_of_splits, moments_of_tile
-from .tiles import group_bounds, tile_at
+from .tiles import block_and_group, group_bounds, tile_at
 
 
 @triton.jit
@@ -20,7 +20,8 @@ def measure(
     CHANNELS_LAST: tl.constexpr, E: tl.constexpr, BC: tl.constexpr, RUN: tl.constexpr, MASKED: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    block, split, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    split = tl.program_id(1)
+    block, g = block_and_group(C, BC)
     begin, examples = group_bounds(g, N, per_group, G)
     c = block * BC + tl.arange(0, BC)
     share = tl.cdiv(tiles, splits)
@@ -87,7 +88,8 @@ def apply(
     CHANNELS_LAST: tl.constexpr, E: tl.constexpr, BC: tl.constexpr, RUN: tl.constexpr, MASKED: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    block, program, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    program = tl.program_id(1)
+    block, g = block_and_group(C, BC)
     c = block * BC + tl.arange(0, BC)
     at, row = g * C + c, G * C
     if SETTLED:
@@ -128,7 +130,7 @@ def apply_whole(
     CHANNELS_LAST: tl.constexpr, E: tl.constexpr, BC: tl.constexpr, RUN: tl.constexpr, MASKED: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    block, g = tl.program_id(0), tl.program_id(1)
+    block, g = block_and_group(C, BC)
     begin, examples = group_bounds(g, N, per_group, G)
     c = block * BC + tl.arange(0, BC)
     offsets, at_mask, exists = tile_at(0, begin, examples, c, C, S, CHANNELS_LAST, E, RUN)

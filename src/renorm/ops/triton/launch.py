@@ -17,7 +17,6 @@ from .tiles import Cut, Layout, tiles, whole_channels
 from .tracking import track
 
 _INTERPRETED_PROCESSORS = 1
-_Limit = float | Tensor | None
 
 
 def normalize(
@@ -37,7 +36,7 @@ def normalize(
     eps: float,
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """renorm::normalize, see `ops.schema`."""  # fmt: skip
+    """renorm::normalize, see `ops.schema`."""
     source = GIVEN if r is not None else BATCH if running_mean is None else RENORM
     x = dense(x)
     layout = Layout.of(x, examples_per_group, channels_per_group)
@@ -71,7 +70,7 @@ def normalize_and_track(
     tracking: str,
     momentum: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """renorm::normalize_and_track, see `ops.schema`."""  # fmt: skip
+    """renorm::normalize_and_track, see `ops.schema`."""
     running = (None, None) if r_max is None else (running_mean, running_var)
     y, mean, var, count, coefficients = normalize(
         x, weight, bias, mask, residual, running[0], running[1], r_max, d_max, None, None, examples_per_group,
@@ -95,7 +94,7 @@ def evaluate(
     eps: float,
     act: str,
 ) -> Tensor:
-    """renorm::evaluate, see `ops.schema`."""  # fmt: skip
+    """renorm::evaluate, see `ops.schema`."""
     x = dense(x)
     weighed = example_weight > 0
     layout = Layout.of(x, 1 if weighed else None, channels_per_group)
@@ -123,7 +122,7 @@ def _forward(
     shape = (layout.examples, layout.channels, layout.positions, layout.examples_per_group, layout.groups)
     cut = whole_channels(layout)
     if cut is not None and source != RUNNING:
-        forward.apply_whole[cut.blocks, layout.groups](
+        forward.apply_whole[cut.blocks * layout.groups,](
             x, mask, residual, y, *kept, *rule, *shape, **options, **output, **_tiling(x, layout, cut, mask)
         )
         return
@@ -133,18 +132,18 @@ def _forward(
     measured = None
     if source != RUNNING:
         measured = x.new_empty((MEASURED, layout.groups, cut.splits, layout.channels), dtype=accumulation_dtype(x))
-        forward.measure[cut.blocks, cut.splits, layout.groups](
+        forward.measure[cut.blocks * layout.groups, cut.splits](
             x, mask, measured, *shape, cut.tiles, cut.splits, **tiling
         )
     settled = layout.channels_per_group > 1
     if settled:
         k = layout.channels_per_group
-        settle.settle[layout.channels // k, layout.groups](
+        settle.settle[layout.channels // k * layout.groups,](
             measured, *kept, *rule, layout.channels, layout.groups, cut.splits, k, **options, SPLITS=splits,
             BK=min(settle.BLOCK, triton.next_power_of_2(k)), ACC=tiling["ACC"],
         )  # fmt: skip
     programs = _programs(layout, cut, x.device)
-    forward.apply[cut.blocks, programs, layout.groups](
+    forward.apply[cut.blocks * layout.groups, programs](
         x, mask, residual, y, measured, *kept, *rule, *shape, cut.tiles, cut.splits, programs, **options, **output,
         SETTLED=settled, SPLITS=splits, **tiling,
     )  # fmt: skip
@@ -164,7 +163,7 @@ def normalize_backward(
     act: str,
     wants_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """renorm::normalize_backward, see `ops.schema`."""  # fmt: skip
+    """renorm::normalize_backward, see `ops.schema`."""
     x = dense(x)
     dy, mask = laid_out_as(x, dy), _bytes_of(mask)
     residual, y = (None if tensor is None else laid_out_as(x, tensor) for tensor in (residual, y))
@@ -178,7 +177,7 @@ def normalize_backward(
     shape = (layout.examples, layout.channels, layout.positions, layout.examples_per_group, layout.groups)
     cut = whole_channels(layout)
     if cut is not None:
-        backward.differentiate_whole[cut.blocks, layout.groups](
+        backward.differentiate_whole[cut.blocks * layout.groups,](
             *inputs, count, weight, dx, dresidual, gradients, *shape, **options, **outputs,
             **_tiling(x, layout, cut, mask),
         )  # fmt: skip
@@ -197,19 +196,19 @@ def _backward_in_two(
     tiling = _tiling(x, layout, cut, mask)
     splits = triton.next_power_of_2(cut.splits)
     measured = gradients.new_empty((3, layout.groups, cut.splits, layout.channels))
-    backward.sum_gradients[cut.blocks, cut.splits, layout.groups](
+    backward.sum_gradients[cut.blocks * layout.groups, cut.splits](
         *inputs, measured, *shape, cut.tiles, cut.splits, **options, **tiling
     )
     slopes = None
     k = layout.channels_per_group
     if k > 1:
         slopes = gradients.new_empty((3, layout.groups, layout.channels))
-        settle.settle_backward[layout.channels // k, layout.groups](
+        settle.settle_backward[layout.channels // k * layout.groups,](
             measured, count, inputs[-1], weight, slopes, gradients, layout.channels, layout.groups, cut.splits, k,
             WEIGHT=outputs["WEIGHT"], SPLITS=splits, BK=min(settle.BLOCK, triton.next_power_of_2(k)), ACC=tiling["ACC"],
         )  # fmt: skip
     programs = _programs(layout, cut, x.device)
-    backward.differentiate[cut.blocks, programs, layout.groups](
+    backward.differentiate[cut.blocks * layout.groups, programs](
         *inputs, measured, count, weight, slopes, dx, dresidual, gradients, *shape, cut.tiles, cut.splits, programs,
         SETTLED=k > 1, SPLITS=splits, **options, **outputs, **tiling,
     )  # fmt: skip

@@ -9,12 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Where scale and offset come from.
+# Where scale and offset come from; the kernels know them by number.
 BATCH, RENORM, GIVEN, WEIGHED, RUNNING = 0, 1, 2, 3, 4
 
-# Rows of what a program measured of a channel, and of the coefficients.
+# Rows of what a program measured of a channel: shift, rest, sum of squared deviations, count.
 MEASURED = 4
-CENTER, SCALE, OFFSET, R, D, INVERSE_SIGMA, COEFFICIENTS = 0, 1, 2, 3, 4, 5, 6
+# Rows of the coefficients: center, scale, offset, r, d, 1 / sigma.
+COEFFICIENTS = 6
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .moments import affine, moments_of_splits, normalizer
+from .tiles import block_and_group
 
 BLOCK = 64  # channels of a group at a time
 
@@ -32,7 +33,7 @@ def settle(
     EPS: tl.constexpr, SOURCE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, LIMITS_IN_MEMORY: tl.constexpr,
     KEEPS: tl.constexpr, SPLITS: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    j, g = tl.program_id(0), tl.program_id(1)
+    j, g = block_and_group(C, k)
     first = j * k
     near, pooled, variance = tl.zeros((), ACC), tl.zeros((), ACC), tl.zeros((), ACC)
     counted = tl.zeros((), ACC)
@@ -86,7 +87,7 @@ def settle_backward(
     measured, count, coefficients, weight, slopes, per_group_gradients, C, G, splits, k,
     WEIGHT: tl.constexpr, SPLITS: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    j, g = tl.program_id(0), tl.program_id(1)
+    j, g = block_and_group(C, k)
     first, row = j * k, G * C
     total = tl.load(count + g) * k
     share = 1 / tl.maximum(total, 1.0)

@@ -134,6 +134,14 @@ def tiles(layout: Layout, processors: int) -> Cut:
 
 
 @triton.jit
+def block_and_group(C, size):
+    """Which block of channels and which group a program takes: both along the one axis without a limit of 65,535."""
+    program, blocks = tl.program_id(0), tl.cdiv(C, size)
+    group = program // blocks
+    return program - group * blocks, group
+
+
+@triton.jit
 def group_bounds(g, N, per_group, G):
     """First example of group g, and the number of its examples."""
     begin = g * per_group

@@ -23,7 +23,7 @@ def track(
     channels_per_group: int,
     eps: float,
 ) -> None:
-    """renorm::track, see `ops.schema`."""  # fmt: skip
+    """renorm::track, see `ops.schema`."""
     groups, channels = mean.shape
     _move[1,](
         running_mean, running_var, steps, skipped, mean, var, count, groups, channels, channels_per_group,
