@@ -23,6 +23,7 @@ from .layers import (
 from .limits import Limits
 from .moments import Moments
 from .norm import Norm
+from .updates import accumulate, freeze
 
 __version__ = "0.1.0"
 
@@ -47,7 +48,9 @@ __all__ = [
     "Limits",
     "Moments",
     "Norm",
+    "accumulate",
     "convert",
+    "freeze",
     "functional",
     "samplers",
     "to_batchnorm",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,8 +13,11 @@ from .activation import Activation, require_activation
 from .checks import check_channels, check_example_weight
 from .grouping import Grouping
 from .limits import Limits
-from .step import train
-from .tracking import RunningState, Tracking, require_tracking
+from .moments import Moments
+from .occasions import Blocks, counts, innermost_accumulation, occasion_of
+from .ops.normalize import suits_kernels
+from .step import correction, train
+from .tracking import RunningState, Tracking, commit_together, require_tracking
 
 _STATISTICS = ("running_mean", "running_var")
 _STATE = (*_STATISTICS, "num_batches_tracked", "num_batches_skipped")
@@ -65,6 +68,8 @@ class Norm(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
     num_batches_skipped: Tensor
+
+    blocks: Blocks = ()  # of `renorm.accumulate` and `renorm.freeze`, from the outermost
 
     _version = 2  # nn.BatchNorm's, whose checkpoints had no num_batches_tracked before
 
@@ -216,8 +221,19 @@ class Norm(nn.Module):
     def _normalize(self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None) -> Tensor:
         if self.training or not self.track_running_stats:
             return self._normalize_batch(x, mask, residual, act)
+        return self._evaluate(x, mask, residual, act, self.running_mean, self.running_var)
+
+    def _evaluate(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        residual: Tensor | None,
+        act: Activation | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+    ) -> Tensor:
         return F.weighted_batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias,
+            x, running_mean, running_var, self.weight, self.bias,
             example_weight=self.example_weight, mask=mask, channels_per_group=self.channels_per_group, eps=self.eps,
             residual=residual, act=act,
         )  # fmt: skip
@@ -228,9 +244,38 @@ class Norm(nn.Module):
         eps = self.eps * 1.0  # the compiler must meet a float of the module outside autograd.Function first
         if not self.track_running_stats:
             return F.normalize_batch(x, self.weight, self.bias, mask, None, self.grouping, eps, residual, act)[0]
-        return train(
-            x, self.weight, self.bias, mask, residual, self._state(), self.limits, self.grouping, eps, act,
-            self.tracking, self.momentum,
+        state = self._state()
+        occasion = occasion_of(self, state, self.blocks, sees_state=self.limits is not None)
+        if occasion is None:
+            return train(
+                x, self.weight, self.bias, mask, residual, state, self.limits, self.grouping, eps, act,
+                self.tracking, self.momentum,
+            )  # fmt: skip
+        if occasion.statistics == "running":
+            # copies, since the buffers may move before the backward
+            mean, var = occasion.state.mean.clone(), occasion.state.var.clone()
+            return self._evaluate(x, mask, residual, act, mean, var)
+        running = correction(x, occasion.state, self.limits, suits_kernels(x, residual))
+        y, moments = F.normalize_batch(x, self.weight, self.bias, mask, running, self.grouping, eps, residual, act)
+        if occasion.moves:
+            self.commit([moments])
+        return y
+
+    def commit(self, batches: Sequence[Moments]) -> None:
+        """Move the running statistics once, by batches together; `renorm.accumulate` and `freeze` have their say.
+
+        Args:
+            batches: moments of every channel in every example group of each, (G, C).
+        """
+        if not counts(self.blocks):
+            return
+        accumulation = innermost_accumulation(self.blocks)
+        if accumulation is not None:
+            accumulation.batches.extend(batches)
+            return
+        commit_together(
+            self._state(), batches, momentum=self.momentum, tracking=self.tracking,
+            channels_per_group=self.channels_per_group, eps=self.eps,
         )  # fmt: skip
 
     def _state(self) -> RunningState:
@@ -257,6 +302,10 @@ class Norm(nn.Module):
                 if loaded is not None:  # load_state_dict(assign=True) would take over half precision
                     state_dict[prefix + name] = loaded.to(torch.promote_types(loaded.dtype, torch.float32))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies are outside of the blocks, which would never end for them.
+        return {name: value for name, value in self.__dict__.items() if name != "blocks"}
 
     def extra_repr(self) -> str:
         """Settings, as far as they are not nn.BatchNorm's."""

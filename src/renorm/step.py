@@ -63,7 +63,7 @@ def train(
         return fused.normalize_and_track(
             x, weight, bias, mask, residual, state, now, grouping, eps, act, tracking, momentum
         )
-    running = None if limits is None else _running(x, state, limits, has_kernels)
+    running = correction(x, state, limits, has_kernels)
     y, moments = F.normalize_batch(x, weight, bias, mask, running, grouping, eps, residual, act)
     if x.numel() > 0:
         commit(
@@ -80,7 +80,20 @@ def _is_one_operation(x: Tensor, state: RunningState) -> bool:
     return state.mean.dtype == torch.promote_types(x.dtype, torch.float32) and suits_state(x, state)
 
 
-def _running(x: Tensor, state: RunningState, limits: Limits, has_kernels: bool) -> Running:
+def correction(x: Tensor, state: RunningState, limits: Limits | None, has_kernels: bool) -> Running | None:
+    """What a batch is corrected towards.
+
+    Args:
+        x: input, (N, C, *S).
+        state: the layer's buffers.
+        limits: of the correction; None for batch norm.
+        has_kernels: whether `suits_kernels` says so of x.
+
+    Returns:
+        Running statistics and limits in x's accumulation dtype; None for batch norm.
+    """
+    if limits is None:
+        return None
     mean, var, steps = state.mean, state.var, state.steps
     if not has_kernels:  # these keep r and d themselves
         mean, var, steps = snapshot(mean), snapshot(var), snapshot(steps)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -108,6 +109,31 @@ def commit(
         return
     with torch.no_grad():
         _commit_plainly(state, moments, momentum, tracking, channels_per_group, eps)
+
+
+def commit_together(state: RunningState, batches: Sequence[Moments], **rule: Any) -> None:
+    """Move a layer's buffers once by several batches, as if they were groups of one.
+
+    Batches whose moments are not finite are left out and counted.
+
+    Args:
+        state: the buffers.
+        batches: moments of every channel in every example group of each, (G, C), with count (G, 1).
+        **rule: see `commit`.
+    """
+    if not batches:
+        return
+    if len(batches) == 1:
+        commit(state, batches[0], **rule)
+        return
+    with torch.no_grad():
+        mean, var, count = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        is_finite = (0 * (mean + var)).sum(1) == 0  # (G of all batches,)
+        sizes = [len(moments.mean) for moments in batches]
+        of_batches = torch.stack([groups.all() for groups in is_finite.split(sizes)])
+        kept = of_batches.repeat_interleave(torch.tensor(sizes, device=mean.device), output_size=len(mean))[:, None]
+        state.skipped.add_((~of_batches).sum())
+    commit(state, Moments(mean.where(kept, 0), var.where(kept, 0), count.where(kept, 0)), **rule)
 
 
 def _commit_plainly(

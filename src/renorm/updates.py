@@ -1,0 +1,103 @@
+"""When running statistics move: once for several batches, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import get_args
+
+from torch import nn
+
+from .norm import Norm
+from .occasions import Accumulation, Frozen, Statistics
+
+
+@contextmanager
+def accumulate(*models: nn.Module) -> Iterator[None]:
+    """Merge the batches of a block, and move the running statistics once, at its end.
+
+    For gradient accumulation, for several forwards of one step, and for a layer called at several time steps. Every
+    batch is normalized, and corrected, with the running statistics from before the block; the update is that of all
+    examples in one batch, each micro-batch a statistics group of its own. `num_batches_tracked` counts the block as
+    one, so limits follow optimizer steps. A micro-batch whose moments are not finite is left out and counted in
+    `num_batches_skipped`.
+
+    Blocks may be nested: the outermost one moves the statistics. A block that ends in an error moves nothing. Also
+    the remedy for a recomputation in the backward pass that is not torch.utils.checkpoint's: wrap forward and
+    backward. While the block is open, a state dict holds the statistics from before, and copies know nothing of it.
+
+    Args:
+        *models: whose layers wait for the end; other modules in them are not concerned.
+
+    Yields:
+        Nothing.
+
+    Source:
+        Ioffe 2017, section 4.2: statistics over microbatches of 4, one gradient of 32.
+
+    Example:
+        >>> import torch, renorm
+        >>> layer = renorm.BatchRenorm1d(3)
+        >>> with accumulate(layer):
+        ...     for micro_batch in torch.randn(8, 4, 3):
+        ...         layer(micro_batch).sum().backward()
+        >>> layer.num_batches_tracked
+        tensor(1)
+    """
+    pending = {layer: Accumulation() for layer in _tracking_layers(models)}
+    with _pushed(pending):
+        yield
+    for layer, accumulation in pending.items():
+        layer.commit(accumulation.batches)
+
+
+@contextmanager
+def freeze(*models: nn.Module, statistics: Statistics = "batch") -> Iterator[None]:
+    """Leave the running statistics as they are, while the modules stay in training mode.
+
+    For a network that another one's step only passes through: the discriminator while the generator learns, a target
+    network, a teacher. Gradients flow as ever.
+
+    Blocks may be nested, in each other and in `accumulate`: what is frozen stays frozen, and the innermost block
+    says what to normalize by. The end of a block, also by an error, restores what was.
+
+    Args:
+        *models: whose layers are frozen.
+        statistics: what layers normalize by: "batch", as in training, with the correction; or "running", as at
+            evaluation, example weight included.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: `statistics` is neither.
+
+    Example:
+        >>> import torch, renorm
+        >>> layer = renorm.BatchRenorm1d(3)
+        >>> with freeze(layer, statistics="running"):
+        ...     y = layer(torch.zeros(4, 3))
+        >>> y.abs().max().item(), layer.num_batches_tracked.item()
+        (0.0, 0)
+    """
+    if statistics not in get_args(Statistics):
+        raise ValueError(f"statistics must be 'batch' or 'running', got {statistics!r}")
+    frozen = Frozen(statistics)
+    with _pushed(dict.fromkeys(_tracking_layers(models), frozen)):
+        yield
+
+
+def _tracking_layers(models: tuple[nn.Module, ...]) -> list[Norm]:
+    layers = (module for model in models for module in model.modules() if isinstance(module, Norm))
+    return list(dict.fromkeys(layer for layer in layers if layer.track_running_stats))
+
+
+@contextmanager
+def _pushed(blocks: Mapping[Norm, Accumulation | Frozen]) -> Iterator[None]:
+    for layer, block in blocks.items():
+        layer.blocks = (*layer.blocks, block)
+    try:
+        yield
+    finally:
+        for layer, block in blocks.items():
+            layer.blocks = tuple(other for other in layer.blocks if other is not block)
