@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -70,10 +70,10 @@ def assert_same(record: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.fixture
-def towers(options: dict[str, Any]) -> Iterator[tuple[Tower, list[Tensor]]]:
+def towers(options: dict[str, Any]) -> tuple[Tower, list[Tensor]]:
     """A tower, and what a twin of it gives without checkpoints."""
     tower = Tower(**options)
-    yield tower, trained(copy.deepcopy(tower))
+    return tower, trained(copy.deepcopy(tower))
 
 
 @settings

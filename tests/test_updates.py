@@ -83,8 +83,8 @@ def test_accumulation_agrees_with_an_independent_implementation() -> None:
         with renorm.accumulate(layer):
             y = torch.cat([layer(part) for part in x.split(4)])
         torch.testing.assert_close(y.double(), oracle.train(x.double()), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(layer.running_mean.double(), oracle.running_mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(layer.running_var.double(), oracle.running_var, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.running_mean.double(), oracle.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.running_var.double(), oracle.var, rtol=1e-5, atol=1e-6)
 
 
 def test_a_micro_batch_that_is_not_finite_is_left_out_and_counted() -> None:
@@ -127,9 +127,8 @@ def test_the_outermost_block_moves_the_statistics() -> None:
             nested(x[0]), nested(x[1])
         assert_equal(buffers(nested), before)
         nested(x[2])
-        with pytest.raises(ArithmeticError), renorm.accumulate(nested):
-            nested(x[3] * 1_000)
-            raise ArithmeticError
+        with pytest.raises(ValueError, match="num_features"), renorm.accumulate(nested):
+            nested(x[3] * 1_000), nested(x[3, :, :2])
     with renorm.accumulate(flat):
         flat(x[0]), flat(x[1]), flat(x[2])
     assert_equal(buffers(nested), buffers(flat))
@@ -140,9 +139,8 @@ def test_an_error_in_a_block_moves_nothing_and_leaves_nothing_behind(
     block: Callable[..., AbstractContextManager[None]],
 ) -> None:
     layer, plain = renorm.BatchRenorm1d(3), renorm.BatchRenorm1d(3)
-    with pytest.raises(KeyboardInterrupt), block(layer):
-        layer(torch.randn(4, 3))
-        raise KeyboardInterrupt
+    with pytest.raises(ValueError, match="num_features"), block(layer):
+        layer(torch.randn(4, 3)), layer(torch.randn(4, 2))
     x = torch.randn(4, 3)
     assert torch.equal(layer(x), plain(x))
     assert_equal(buffers(layer), buffers(plain))
