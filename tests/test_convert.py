@@ -331,10 +331,23 @@ def test_the_report_goes_to_the_log_by_default(caplog: pytest.LogCaptureFixture)
     assert "3 layers replaced" in caplog.text
 
 
-def test_a_synchronized_layer_is_reported_as_no_longer_synchronized() -> None:
+@pytest.mark.parametrize(
+    ("options", "sync", "note"),
+    [
+        ({}, "batch", "sync='batch'"),
+        ({"sync": "running"}, "running", "sync='running'"),
+        ({"examples_per_group": 2}, "running", "sync='running'"),
+        ({"sync": None}, None, "no longer synchronized"),
+    ],
+    ids=str,
+)
+def test_a_synchronized_layer_stays_so_unless_told_otherwise(
+    options: dict[str, Any], sync: str | None, note: str
+) -> None:
     reports: list[ConversionReport] = []
-    layer = convert(nn.SyncBatchNorm(4), renorm.BatchRenorm, report=reports.append)
-    assert "no longer synchronized" in str(reports[0])
+    layer = convert(nn.SyncBatchNorm(4), renorm.BatchRenorm, report=reports.append, **options)
+    assert layer.sync == sync
+    assert note in str(reports[0])
     assert layer(torch.randn(5, 4, 3)).shape == (5, 4, 3)
 
 

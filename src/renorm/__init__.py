@@ -23,6 +23,7 @@ from .layers import (
 from .limits import Limits
 from .moments import Moments
 from .norm import Norm
+from .synchronize import joinables, synchronize
 from .updates import accumulate, freeze
 
 __version__ = "0.1.0"
@@ -52,6 +53,8 @@ __all__ = [
     "convert",
     "freeze",
     "functional",
+    "joinables",
     "samplers",
+    "synchronize",
     "to_batchnorm",
 ]

@@ -16,6 +16,7 @@ from .fusion.model import fuse as fuse_calls
 from .fusion.model import unfuse
 from .norm import Norm
 from .surgery import refuse_wrapped, replace_modules
+from .workers.running import Pool
 
 __all__ = ["ConversionReport", "convert", "to_batchnorm"]
 
@@ -94,6 +95,7 @@ def convert(
         replacements[module] = new
         replaced.append(_describe(name, module, new))
     result = replace_modules(model, replacements)
+    _share_pool(result)
     fused, not_fused = fuse_calls(result) if fuse else ((), ())
     done = ConversionReport(tuple(replaced), tuple(passed_over), fused, not_fused)
     report(done)
@@ -148,9 +150,23 @@ def _check_arguments(model: nn.Module, to: type[Norm], steps: object, options: d
 
 
 def _describe(name: str, old: nn.Module, new: Norm) -> Replacement:
-    note = "no longer synchronized over processes" if isinstance(old, nn.SyncBatchNorm) else ""
+    note = "" if new.sync is None else f"sync={new.sync!r}"
+    if new.sync is None and isinstance(old, nn.SyncBatchNorm):
+        note = "no longer synchronized over processes"
     momentum = (getattr(old, "momentum", None), new.momentum)
     return Replacement(name, type(old).__name__, type(new).__name__, momentum, note)
+
+
+def _share_pool(model: nn.Module) -> None:
+    """One collective a step for all layers that merge their running statistics among the same workers."""
+    by_group: dict[Any, list[Norm]] = {}
+    for module in model.modules():
+        if isinstance(module, Norm) and module.sync == "running":
+            by_group.setdefault(module.workers.group, []).append(module)
+    for layers in by_group.values():
+        pool = Pool(layers[0].workers, layers)
+        for layer in layers:
+            layer.synchronize("running", layer.workers, pool)
 
 
 def _warn(report: ConversionReport, fuse: bool) -> None:

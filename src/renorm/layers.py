@@ -7,6 +7,7 @@ import torch
 from .activation import Activation
 from .limits import Limits
 from .norm import Norm
+from .tracked import Sync
 from .tracking import Tracking
 
 _PAPER_LIMITS = Limits()
@@ -54,6 +55,7 @@ class BatchRenorm(Norm):
         tracking: see `Norm`; "std" is the paper's.
         example_weight: see `Norm`.
         act: see `Norm`.
+        sync: see `Norm`.
 
     Source:
         Ioffe 2017, algorithm 1 and section 4.
@@ -81,11 +83,12 @@ class BatchRenorm(Norm):
         tracking: Tracking = "std",
         example_weight: float = 0.0,
         act: Activation | None = None,
+        sync: Sync | None = None,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, limits=limits, examples_per_group=examples_per_group, channels_per_group=channels_per_group,
-            tracking=tracking, example_weight=example_weight, act=act,
+            tracking=tracking, example_weight=example_weight, act=act, sync=sync,
         )  # fmt: skip
 
 
@@ -109,6 +112,7 @@ class GhostBatchNorm(Norm):
         tracking: see `Norm`; "total" is the paper's.
         example_weight: see `Norm`; the smaller the ghost batch, the more it helps.
         act: see `Norm`.
+        sync: see `Norm`.
 
     Source:
         Hoffer et al. 2017; Summers & Dinneen 2020, section 3.2, equation 4.
@@ -135,11 +139,12 @@ class GhostBatchNorm(Norm):
         tracking: Tracking = "total",
         example_weight: float = 0.0,
         act: Activation | None = None,
+        sync: Sync | None = None,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, limits=limits, examples_per_group=examples_per_group, channels_per_group=channels_per_group,
-            tracking=tracking, example_weight=example_weight, act=act,
+            tracking=tracking, example_weight=example_weight, act=act, sync=sync,
         )  # fmt: skip
 
 
@@ -161,6 +166,7 @@ class BatchGroupNorm(Norm):
         tracking: see `Norm`; "total" is the paper's.
         example_weight: see `Norm`.
         act: see `Norm`.
+        sync: see `Norm`.
 
     Raises:
         ValueError: `num_groups` does not divide `num_features`.
@@ -190,6 +196,7 @@ class BatchGroupNorm(Norm):
         tracking: Tracking = "total",
         example_weight: float = 0.0,
         act: Activation | None = None,
+        sync: Sync | None = None,
     ) -> None:
         if num_groups < 1 or num_features % num_groups:
             raise ValueError(f"num_groups must divide num_features={num_features}, got {num_groups}")
@@ -197,6 +204,7 @@ class BatchGroupNorm(Norm):
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, limits=limits, examples_per_group=examples_per_group,
             channels_per_group=num_features // num_groups, tracking=tracking, example_weight=example_weight, act=act,
+            sync=sync,
         )  # fmt: skip
 
     @property

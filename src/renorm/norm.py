@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from . import functional as F
 from .activation import Activation, require_activation
@@ -14,16 +15,17 @@ from .checks import check_channels, check_example_weight
 from .grouping import Grouping
 from .limits import Limits
 from .moments import Moments
-from .occasions import Blocks, counts, innermost_accumulation, occasion_of
+from .occasions import Occasion, counts, occasion_of
 from .ops.normalize import suits_kernels
+from .ops.types import Running
 from .step import correction, train
-from .tracking import RunningState, Tracking, commit_together, require_tracking
+from .tracked import Sync, Tracked
+from .tracking import Tracking, require_tracking
+from .workers.batch import normalize as normalize_over_workers
+from .workers.group import Workers
 
-_STATISTICS = ("running_mean", "running_var")
-_STATE = (*_STATISTICS, "num_batches_tracked", "num_batches_skipped")
 
-
-class Norm(nn.Module):
+class Norm(Tracked):
     """Batch normalization with everything that can be set about it; the named layers are settings of this one.
 
     The state dict is nn.BatchNorm's, key for key, in both directions. Running statistics are kept in float32 at
@@ -49,6 +51,8 @@ class Norm(nn.Module):
         example_weight: alpha in [0, 1], the weight of an example's own statistics at evaluation. An ordinary
             attribute: set it at any time.
         act: activation applied to the output: None, "relu", "relu6", "leaky_relu", "silu" or "gelu".
+        sync: what workers have in common (see `renorm.synchronize`): None for nothing, "running" for the running
+            statistics, "batch" for the statistics of the batch.
 
     Raises:
         TypeError: a group's size is not an integer.
@@ -61,17 +65,6 @@ class Norm(nn.Module):
     """
 
     input_ranks: ClassVar[tuple[int, ...]] = (2, 3, 4, 5)
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-    # None without track_running_stats; every use is behind that question
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    num_batches_skipped: Tensor
-
-    blocks: Blocks = ()  # of `renorm.accumulate` and `renorm.freeze`, from the outermost
-
-    _version = 2  # nn.BatchNorm's, whose checkpoints had no num_batches_tracked before
 
     def __init__(
         self,
@@ -90,6 +83,7 @@ class Norm(nn.Module):
         tracking: Tracking = "var",
         example_weight: float = 0.0,
         act: Activation | None = None,
+        sync: Sync | None = None,
     ) -> None:
         super().__init__()
         self.grouping = Grouping(examples_per_group, channels_per_group)
@@ -107,28 +101,8 @@ class Norm(nn.Module):
         self.tracking: Tracking = tracking
         self.example_weight = example_weight
         self.act: Activation | None = act
+        self.synchronize(sync, Workers())
         self._register(device, dtype, bias)
-
-    def _register(self, device: torch.device | str | None, dtype: torch.dtype | None, bias: bool) -> None:
-        def parameter(wanted: bool) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(self.num_features, device=device, dtype=dtype)) if wanted else None
-
-        def statistic() -> Tensor | None:
-            if not self.track_running_stats:
-                return None
-            wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-            return torch.empty(self.num_features, device=device, dtype=wide)
-
-        def counter() -> Tensor | None:
-            return torch.zeros((), dtype=torch.long, device=device) if self.track_running_stats else None
-
-        self.register_parameter("weight", parameter(self.affine))
-        self.register_parameter("bias", parameter(self.affine and bias))
-        self.register_buffer("running_mean", statistic())
-        self.register_buffer("running_var", statistic())
-        self.register_buffer("num_batches_tracked", counter())
-        self.register_buffer("num_batches_skipped", counter(), persistent=False)
-        self.reset_parameters()
 
     @property
     def example_weight(self) -> float:
@@ -154,23 +128,6 @@ class Norm(nn.Module):
     def channels_per_group(self) -> int:
         """Consecutive channels that share statistics."""
         return self.grouping.channels_per_group
-
-    def reset_running_stats(self) -> None:
-        """Forget every batch: mean 0, variance 1, step 0."""
-        if not self.track_running_stats:
-            return
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
-        self.num_batches_skipped.zero_()
-
-    def reset_parameters(self) -> None:
-        """Start anew: weight 1, bias 0, and no batch seen."""
-        self.reset_running_stats()
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
     def forward(
         self,
@@ -242,6 +199,9 @@ class Norm(nn.Module):
         self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None
     ) -> Tensor:
         eps = self.eps * 1.0  # the compiler must meet a float of the module outside autograd.Function first
+        if self.sync is not None and self.workers.number > 1:
+            y: Tensor = _in_eager_mode(self._normalize_among_workers, x, mask, residual, act)
+            return y
         if not self.track_running_stats:
             return F.normalize_batch(x, self.weight, self.bias, mask, None, self.grouping, eps, residual, act)[0]
         state = self._state()
@@ -252,60 +212,59 @@ class Norm(nn.Module):
                 self.tracking, self.momentum,
             )  # fmt: skip
         if occasion.statistics == "running":
-            # copies, since the buffers may move before the backward
-            mean, var = occasion.state.mean.clone(), occasion.state.var.clone()
-            return self._evaluate(x, mask, residual, act, mean, var)
+            return self._evaluate_frozen(x, mask, residual, act, occasion)
         running = correction(x, occasion.state, self.limits, suits_kernels(x, residual))
         y, moments = F.normalize_batch(x, self.weight, self.bias, mask, running, self.grouping, eps, residual, act)
         if occasion.moves:
             self.commit([moments])
         return y
 
-    def commit(self, batches: Sequence[Moments]) -> None:
-        """Move the running statistics once, by batches together; `renorm.accumulate` and `freeze` have their say.
+    def _normalize_among_workers(
+        self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None
+    ) -> Tensor:
+        if not self.track_running_stats:
+            return self._normalize_shared(x, mask, residual, act, None)[0]
+        state = self._state()
+        occasion = occasion_of(self, state, self.blocks, sees_state=self.limits is not None)
+        occasion = occasion or Occasion(state, "batch", moves=True)
+        if occasion.statistics == "running":
+            return self._evaluate_frozen(x, mask, residual, act, occasion)
+        running = correction(x, occasion.state, self.limits, suits_kernels(x, residual))
+        if self.sync == "batch":
+            y, moments = self._normalize_shared(x, mask, residual, act, running)
+        else:
+            y, moments = F.normalize_batch(
+                x, self.weight, self.bias, mask, running, self.grouping, self.eps, residual, act
+            )
+        if occasion.moves:
+            self.commit([moments])
+        self._merge_after(y, occasion)
+        return y
 
-        Args:
-            batches: moments of every channel in every example group of each, (G, C).
-        """
-        if not counts(self.blocks):
+    def _normalize_shared(
+        self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None, running: Running | None
+    ) -> tuple[Tensor, Moments]:
+        y, moments, left_out = normalize_over_workers(
+            x, self.weight, self.bias, mask, residual, running, self.channels_per_group, self.eps, act, self.workers
+        )
+        if self.track_running_stats and counts(self.blocks):
+            self.num_batches_skipped.add_(left_out)
+        return y, moments
+
+    def _merge_after(self, y: Tensor, occasion: Occasion) -> None:
+        pool = self.merging_pool()
+        if pool is None:
             return
-        accumulation = innermost_accumulation(self.blocks)
-        if accumulation is not None:
-            accumulation.batches.extend(batches)
-            return
-        commit_together(
-            self._state(), batches, momentum=self.momentum, tracking=self.tracking,
-            channels_per_group=self.channels_per_group, eps=self.eps,
-        )  # fmt: skip
+        if y.requires_grad:
+            y.register_hook(pool.merge_in_backward)
+        elif occasion.moves and not (torch.is_grad_enabled() or occasion.in_checkpoint or self.blocks):
+            pool.merge([self])  # no backward pass will come
 
-    def _state(self) -> RunningState:
-        # from the dict, since every attribute of a module that is a buffer costs half a microsecond
-        return RunningState(*(self._buffers[name] for name in _STATE))  # type: ignore[arg-type]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: self._buffers[name] for name in _STATISTICS}
-        super()._apply(fn, recurse)
-        for name, statistic in before.items():
-            after = self._buffers[name]
-            if statistic is not None and after is not None and after.dtype.itemsize < torch.float32.itemsize:
-                self._buffers[name] = statistic.to(after.device, torch.float32)
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        if self.track_running_stats:
-            if local_metadata.get("version", 1) < 2:
-                state_dict.setdefault(prefix + "num_batches_tracked", torch.zeros((), dtype=torch.long))
-            for name in _STATISTICS:
-                loaded = state_dict.get(prefix + name)
-                if loaded is not None:  # load_state_dict(assign=True) would take over half precision
-                    state_dict[prefix + name] = loaded.to(torch.promote_types(loaded.dtype, torch.float32))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies are outside of the blocks, which would never end for them.
-        return {name: value for name, value in self.__dict__.items() if name != "blocks"}
+    def _evaluate_frozen(
+        self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None, occasion: Occasion
+    ) -> Tensor:
+        # copies, since the buffers may move before the backward
+        return self._evaluate(x, mask, residual, act, occasion.state.mean.clone(), occasion.state.var.clone())
 
     def extra_repr(self) -> str:
         """Settings, as far as they are not nn.BatchNorm's."""
@@ -323,8 +282,15 @@ class Norm(nn.Module):
             parts.append(f"example_weight={self.example_weight}")
         if isinstance(self.act, str):
             parts.append(f"act={self.act!r}")
+        if self.sync is not None:
+            parts.append(f"sync={self.sync!r}")
         if self.limits is not None:
             parts.append(f"limits={self.limits}")
             if self.limits.start > 0:
                 parts.append(f"plain batch norm until step {self.limits.start}")
         return ", ".join(parts)
+
+
+@_disable_dynamo  # torch.compiler.disable, without importing the compiler now
+def _in_eager_mode(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return function(*arguments)

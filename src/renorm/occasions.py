@@ -47,11 +47,13 @@ class Occasion(NamedTuple):
         state: the running statistics to correct towards, or to normalize by.
         statistics: what to normalize by.
         moves: whether the batch counts for the running statistics.
+        in_checkpoint: whether this is the first forward of a checkpoint.
     """
 
     state: RunningState
     statistics: Statistics
     moves: bool
+    in_checkpoint: bool = False
 
 
 def occasion_of(layer: Hashable, state: RunningState, blocks: Blocks, sees_state: bool) -> Occasion | None:
@@ -84,7 +86,7 @@ def occasion_of(layer: Hashable, state: RunningState, blocks: Blocks, sees_state
             "and its running statistics may have moved since the forward: wrap forward and backward of the step in "
             "`with renorm.accumulate(model):`"
         )
-    occasion = seen._replace(moves=False)
+    occasion = seen._replace(moves=False, in_checkpoint=False)
     _recorded(layer, occasion, sees_state)  # checkpoints inside the checkpoint start anew
     return occasion
 
@@ -128,4 +130,4 @@ def _recorded(layer: Hashable, occasion: Occasion, sees_state: bool) -> Occasion
         seen = occasion._replace(state=RunningState(*(tensor.clone() for tensor in occasion.state)))
     for region in regions:
         region.add(layer, seen)
-    return occasion
+    return occasion._replace(in_checkpoint=True)

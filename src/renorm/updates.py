@@ -49,6 +49,8 @@ def accumulate(*models: nn.Module) -> Iterator[None]:
         yield
     for layer, accumulation in pending.items():
         layer.commit(accumulation.batches)
+    for pool in {pool for layer in pending if (pool := layer.merging_pool())}:
+        pool.merge()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from ..integrations.timm import ACT_LAYERS, NormAct, is_batch_norm_act
 from ..layers import BatchGroupNorm, BatchNorm, BatchRenorm, GhostBatchNorm
 from ..norm import Norm
 from ..surgery import carry_over
+from ..workers.group import Workers
 
 _FAMILIES = (BatchNorm, BatchRenorm, GhostBatchNorm, BatchGroupNorm)
 DIMENSIONS: dict[type[nn.Module], str] = {
@@ -93,7 +94,8 @@ def replacement(name: str, old: Any, target: type[Norm], steps: Literal["keep", 
         old: layer to replace.
         target: class of the new layer.
         steps: "keep" or 0, where the new layer's step starts.
-        options: of the target.
+        options: of the target. Without "sync" among them, nn.SyncBatchNorm's goes on: as "batch", or as "running"
+            where the target normalizes groups of examples.
 
     Returns:
         The new layer.
@@ -119,6 +121,8 @@ def replacement(name: str, old: Any, target: type[Norm], steps: Literal["keep", 
             f"cannot convert {name or 'the root'!r}: steps=0 would restart the cumulative average (momentum=None), "
             "which counts with the same step; give a momentum or steps='keep'"
         )
+    if isinstance(old, nn.SyncBatchNorm) and "sync" not in options and new.track_running_stats:
+        new.synchronize("batch" if new.examples_per_group is None else "running", Workers(old.process_group))
     new.affine = old.affine
     carry_over(old, new)
     if steps == 0 and new.num_batches_tracked is not None:

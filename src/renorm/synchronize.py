@@ -1,0 +1,95 @@
+"""What the workers of a distributed training have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import distributed as dist
+from torch import nn
+
+from .norm import Norm
+from .tracked import Sync
+from .workers.group import Workers
+from .workers.running import Pool
+
+
+def synchronize(
+    model: nn.Module, sync: Sync | None, *, process_group: Any | None = None, ranks_per_group: int | None = None
+) -> nn.Module:
+    """Say for all layers of a model what they have in common with those of other workers, in place.
+
+    None: nothing, each worker has its own statistics (DDP's broadcast_buffers then hands out rank 0's).
+
+    "running": each worker normalizes its own examples; running statistics are merged over workers, equal bit for bit
+    on all of them. One collective a step for all layers together, which overlaps with the backward pass; the
+    statistics have moved when the backward pass ends. Several forwards before a backward are one update, as in
+    `renorm.accumulate`.
+
+    "batch": the statistics are those of all workers' examples together, as with nn.SyncBatchNorm: two collectives per
+    layer and step. Workers may have different numbers of examples, or none.
+
+    Workers whose moments are not finite are left out, and counted in `num_batches_skipped`. Without an initialized
+    process group, or with one process, layers are as with None. Under torch.compile the layers are left to eager mode.
+
+    Args:
+        model: whose layers are set, not yet wrapped in DDP or FSDP; changed in place.
+        sync: None, "running" or "batch".
+        process_group: of torch.distributed; None for all processes.
+        ranks_per_group: for "batch", so many consecutive ranks share a batch's statistics, a ghost batch of several
+            workers; running statistics are merged over all of them as with "running". Must divide the processes.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: an argument is none of these, or a layer cannot be synchronized so.
+
+    Source:
+        Ioffe 2017, section 4: 50 workers with 32 examples each ("running").
+
+    Example:
+        >>> import renorm
+        >>> model = synchronize(nn.Sequential(renorm.BatchRenorm2d(8)), "running")
+        >>> model[0].sync
+        'running'
+    """
+    if ranks_per_group is not None and sync != "batch":
+        raise ValueError(f"ranks_per_group is for sync='batch', got sync={sync!r}, ranks_per_group={ranks_per_group}")
+    layers = [module for module in model.modules() if isinstance(module, Norm)]
+    if sync == "running":
+        layers = [layer for layer in layers if layer.track_running_stats]
+    workers = Workers(process_group)
+    merges = sync == "running" or ranks_per_group is not None
+    pool = Pool(workers, [layer for layer in layers if layer.track_running_stats]) if merges else None
+    among = workers if ranks_per_group is None else _groups_of(ranks_per_group, workers)
+    for layer in layers:
+        layer.synchronize(sync, among, pool if layer.track_running_stats else None)
+    return model
+
+
+def joinables(model: nn.Module) -> list[Any]:
+    """What a model with `sync="running"` needs in torch's `Join`, where workers have unequal numbers of batches.
+
+    Args:
+        model: synchronized by `synchronize` or `convert`.
+
+    Returns:
+        Joinables, to be listed after the DDP module: `with Join([ddp, *renorm.joinables(model)]):`.
+
+    Example:
+        >>> import renorm
+        >>> len(joinables(synchronize(nn.Sequential(renorm.BatchRenorm2d(8)), "running")))
+        1
+    """
+    from .workers.joining import JoinablePool
+
+    pools = (module.pool for module in model.modules() if isinstance(module, Norm))
+    return [JoinablePool(pool) for pool in dict.fromkeys(pools) if pool is not None]
+
+
+def _groups_of(ranks: int, workers: Workers) -> Workers:
+    if workers.number % ranks:
+        raise ValueError(f"ranks_per_group must divide the {workers.number} processes, got {ranks}")
+    if workers.number == 1:
+        return workers
+    return Workers(dist.new_subgroups(ranks, group=workers.group)[0])

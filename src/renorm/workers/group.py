@@ -1,0 +1,99 @@
+"""The processes that share statistics."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+# A process group of ours for each of the user's, so that no collective of ours meets one of DDP's out of turn.
+_own: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+class Workers:
+    """A process group, or all processes. Copies of a layer keep it; what is pickled has all processes again.
+
+    Args:
+        group: of torch.distributed; None for all processes.
+    """
+
+    def __init__(self, group: Any | None = None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[type[Workers], tuple[()]]:
+        return Workers, ()  # a process group is known to its own process only
+
+    @property
+    def number(self) -> int:
+        """How many there are, 1 as long as torch.distributed is not initialized."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return 1
+        return dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """This process's place among them."""
+        return dist.get_rank(self.group)
+
+    @property
+    def process_group(self) -> Any:
+        """The user's process group."""
+        return self.group or dist.group.WORLD
+
+    @property
+    def own(self) -> Any:
+        """A process group of the same processes and time limit that nothing else uses; made by all at first use."""
+        group = self.process_group
+        if group not in _own:
+            ranks = dist.get_process_group_ranks(group)
+            _own[group] = dist.new_group(ranks, timeout=_time_limit(group), use_local_synchronization=True)
+        return _own[group]
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensor of every worker.
+
+        Args:
+            tensor: any shape, the same on all workers.
+
+        Returns:
+            All of them, (workers, ...).
+        """
+        gathered = tensor.new_empty((self.number, *tensor.shape))
+        dist.all_gather(list(gathered.unbind()), tensor.contiguous(), group=self.own)
+        return gathered
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over workers, in place.
+
+        Args:
+            tensor: any shape, the same on all workers.
+
+        Returns:
+            The tensor.
+        """
+        dist.all_reduce(tensor, group=self.own)
+        return tensor
+
+    def start_sum(self, tensor: Tensor) -> Any:
+        """Begin a sum over workers, in place.
+
+        Args:
+            tensor: any shape, the same on all workers.
+
+        Returns:
+            What to wait for.
+        """
+        return dist.all_reduce(tensor, group=self.own, async_op=True)
+
+
+def _time_limit(group: Any) -> timedelta:
+    device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+    limit: timedelta = group._get_backend(device).options._timeout
+    return limit

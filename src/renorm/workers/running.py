@@ -1,0 +1,126 @@
+"""Running statistics merged over workers: one collective a step for all layers, while the backward pass goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from ..moments import Moments
+from .group import Workers
+
+
+class Member(Protocol):
+    """What a layer does for its pool."""
+
+    def contribution(self, batches: Sequence[Moments]) -> Tensor:
+        """Its sums, of a size that depends on the layer alone; zeros without a batch."""
+
+    def commit_sums(self, sums: Tensor) -> None:
+        """Move the running statistics by the sums of all workers."""
+
+
+class Pool:
+    """Layers that merge their running statistics over workers together.
+
+    A forward leaves the layer's moments here. The first gradient of the backward pass that arrives at a layer starts
+    the collective, and the end of the backward pass waits for it and moves the statistics.
+
+    Args:
+        workers: processes to merge over.
+        members: the layers, so that those without a batch on this worker send zeros. None for the layers that have
+            one, which must then be the same on all workers.
+    """
+
+    announce: Callable[[], object] | None = None  # that a collective will come, where workers may run out of batches
+
+    def __init__(self, workers: Workers, members: Sequence[Member] | None = None) -> None:
+        self.workers = workers
+        self._members = members
+        self._pending: dict[Member, list[Moments]] = {}
+        self._under_way: tuple[Sequence[Member], Tensor, Any] | None = None
+
+    def add(self, member: Member, batches: Iterable[Moments]) -> None:
+        """Keep a layer's batches until the next collective.
+
+        Args:
+            member: the layer.
+            batches: moments of each batch.
+        """
+        if self.announce is not None and not self._pending:
+            self.announce()
+        self._pending.setdefault(member, []).extend(batches)
+
+    def merge_in_backward(self, gradient: Tensor) -> None:
+        """A gradient's hook: start the collective, and move the statistics when the backward pass ends.
+
+        Args:
+            gradient: not used.
+        """
+        if not self._pending:
+            return
+        self._start(self._all())
+        Variable._execution_engine.queue_callback(self._finish)
+
+    def merge(self, members: Sequence[Member] | None = None) -> None:
+        """Merge at once.
+
+        Args:
+            members: some of the layers; None for all.
+        """
+        if self._pending:
+            self._start(members or self._all())
+            self._finish()
+
+    def take_part_with_nothing(self) -> None:
+        """The collective of a worker without a batch."""
+        self._start(self._all())
+        self._finish()
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first member's statistics."""
+        return self._all()[0].contribution([]).device
+
+    def _all(self) -> Sequence[Member]:
+        return self._members or list(self._pending)
+
+    def _start(self, members: Sequence[Member]) -> None:
+        self._finish()  # what a backward pass that failed has left
+        sums = [member.contribution(self._pending.pop(member, [])) for member in members]
+        buffer = torch.cat([part.to(sums[0].device) for part in sums])
+        self._under_way = members, buffer, self.workers.start_sum(buffer)
+
+    def _finish(self) -> None:
+        if self._under_way is None:
+            return
+        (members, buffer, work), self._under_way = self._under_way, None
+        work.wait()
+        sizes = [len(member.contribution([])) for member in members]
+        for member, sums in zip(members, buffer.split(sizes), strict=True):
+            member.commit_sums(sums)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pending": {}, "_under_way": None, "announce": None}
+
+
+_pools: WeakKeyDictionary[Any, Pool] = WeakKeyDictionary()
+
+
+def pool_of(workers: Workers) -> Pool:
+    """The pool of layers that belong to no model's.
+
+    Args:
+        workers: processes to merge over.
+
+    Returns:
+        The same for the same process group.
+    """
+    group = workers.process_group
+    if group not in _pools:
+        _pools[group] = Pool(workers)
+    return _pools[group]

@@ -1,0 +1,247 @@
+"""Statistics over several processes: against one process, against each other, and with everything DDP can do."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import renorm
+
+from . import cases
+from .crew import Crew
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "batch norm": {},
+    "renorm": {"limits": renorm.Limits.constant(1.2, 0.3), "tracking": "std"},
+    "total": {"tracking": "total", "momentum": None},
+    "batch-group renorm": {"limits": renorm.Limits.constant(), "channels_per_group": 2, "tracking": "std"},
+    "activation": {"act": "silu"},
+    "without parameters": {"affine": False, "limits": renorm.Limits.constant()},
+    "without statistics": {"track_running_stats": False},
+}
+settings = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def assert_identical(found: list[list[Tensor]]) -> None:
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            assert torch.equal(one, other)
+
+
+assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+
+
+def assert_as_one_process(found: list[dict[str, Any]], options: dict[str, Any], sizes: list[int], masked: bool) -> None:
+    model, whole = (
+        cases.layer({name: value for name, value in options.items() if name != "sync"}),
+        cases.batch(sum(sizes)),
+    )
+    for number, scale in enumerate((1.0, 2.0)):
+        model.zero_grad()
+        expected = cases.step(model, whole | {"x": whole["x"] * scale}, masked)
+        results = [result["steps"][number] for result in found]
+        for name in ("y", "dx", "dresidual"):
+            assert_close(torch.cat([result[name] for result in results]), expected[name])
+        for parts, gradient in zip(
+            zip(*(result["parameters"] for result in results), strict=True), expected["parameters"], strict=True
+        ):
+            assert_close(torch.stack(parts).sum(0), gradient, rtol=1e-4)
+    for result in found:
+        assert_close(result["buffers"], cases.buffers(model))
+    assert_identical([result["buffers"] for result in found])
+
+
+SIZES = {"even": [3, 3, 3, 3], "uneven": [5, 1, 4, 2], "an empty one": [4, 0, 3, 5]}
+
+
+@settings
+@pytest.mark.parametrize(("kind", "masked"), [("even", False), ("uneven", True), ("an empty one", True)], ids=str)
+def test_one_batch_over_all_workers_equals_one_process(
+    crew: Crew, options: dict[str, Any], kind: str, masked: bool
+) -> None:
+    sizes = SIZES[kind][: crew.number]
+    found = crew.run(cases.steps, options | {"sync": "batch"}, sizes, masked)
+    assert_as_one_process(found, options, sizes, masked)
+
+
+@pytest.mark.parametrize("corrected", [False, True], ids=["plain", "renorm"])
+def test_one_batch_agrees_with_the_formula_differentiated_by_torch(two: Crew, corrected: bool) -> None:
+    options = {"limits": renorm.Limits.constant(), "tracking": "std"} if corrected else {}
+    found = two.run(cases.steps, options | {"sync": "batch"}, [3, 3], False)
+    whole = cases.batch(6)["x"].double().requires_grad_()
+    mean, var = whole.mean((0, 2, 3), keepdim=True), whole.var((0, 2, 3), unbiased=False, keepdim=True)
+    weight = torch.linspace(0.5, 1.5, 4).double()[:, None, None]
+    r, d = torch.ones(4, 1, 1), torch.zeros(4, 1, 1)
+    if corrected:
+        sigma = (torch.linspace(0.5, 2, 4).double()[:, None, None] + 1e-5).sqrt()
+        r = ((var.detach() + 1e-5).sqrt() / sigma)[0].clamp(1 / 3, 3)
+        d = ((mean.detach()[0] - torch.linspace(-1, 1, 4)[:, None, None]) / sigma).clamp(-5, 5)
+    y = ((whole - mean) / (var + 1e-5).sqrt() * r + d) * weight + weight + cases.batch(6)["residual"]
+    (gradient,) = torch.autograd.grad((y * cases.batch(6)["target"]).sum(), whole)
+    assert_close(torch.cat([result["steps"][0]["y"] for result in found]).double(), y.detach())
+    assert_close(torch.cat([result["steps"][0]["dx"] for result in found]).double(), gradient)
+
+
+def test_ghost_groups_of_ranks_share_a_batch_and_all_ranks_the_running_statistics(four: Crew) -> None:
+    found = four.run(cases.grouped, 2)
+    model = cases.layer({"limits": renorm.Limits.constant(), "tracking": "std", "examples_per_group": 6})
+    expected = cases.step(model, cases.batch(12), masked=False)
+    for name in ("y", "dx"):
+        assert_close(torch.cat([result["steps"][0][name] for result in found]), expected[name])
+    for result in found:
+        assert_close(result["buffers"], cases.buffers(model))
+    assert_identical([result["buffers"] for result in found])
+
+
+def test_trainings_in_process_groups_of_their_own_do_not_mix(four: Crew) -> None:
+    found = four.run(cases.in_process_groups)
+    assert_identical(found[:2])
+    assert_identical(found[2:])
+    assert not torch.equal(found[0][0], found[2][0])
+
+
+# --- merged running statistics --------------------------------------------------------------------------------------
+
+
+def test_merged_statistics_are_those_of_microbatches_in_one_process(crew: Crew) -> None:
+    """The paper's arrangement: workers with a batch each, one gradient, common running statistics."""
+    found = crew.run(partial(cases.trained, "running"))
+    expected = cases.simulated(crew.number)
+    for result in found:
+        assert_close(result["buffers"], expected["buffers"])
+        assert_close(result["parameters"], expected["parameters"], rtol=1e-4)
+    assert_identical([result["buffers"] for result in found])
+
+
+def test_one_collective_a_step_merges_all_layers(two: Crew) -> None:
+    assert [result["collectives"] for result in two.run(partial(cases.trained, "running"))] == [1, 1]
+    assert [result["collectives"] for result in two.run(partial(cases.trained, "batch"))] == [6, 6]
+    assert [result["collectives"] for result in two.run(partial(cases.trained, None))] == [0, 0]
+
+
+DDP: dict[str, dict[str, Any]] = {
+    "buffers broadcast": {"broadcast_buffers": True},
+    "buffers left": {"broadcast_buffers": False},
+    "static graph": {"static_graph": True},
+    "small buckets": {"bucket_cap_mb": 0.001, "broadcast_buffers": False},
+    "unused parameters": {"find_unused_parameters": True, "broadcast_buffers": False},
+    "accumulation": {"accumulated": 3, "broadcast_buffers": False},
+    "checkpoint": {"checkpointed": False, "broadcast_buffers": False},
+    "reentrant checkpoint": {"checkpointed": True, "broadcast_buffers": False},
+}
+
+
+@pytest.mark.parametrize("options", DDP.values(), ids=DDP)
+@pytest.mark.parametrize("sync", ["running", "batch"])
+def test_ranks_stay_identical_under_ddp(two: Crew, sync: str, options: dict[str, Any]) -> None:
+    found = two.run(partial(cases.trained, sync, **options))
+    assert_identical([result["buffers"] for result in found])
+    assert_identical([result["parameters"] for result in found])
+    assert all(buffer == 4 for buffer in found[0]["buffers"][2::4])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("sync", ["running", "batch"])
+def test_checkpoints_change_nothing(two: Crew, sync: str, reentrant: bool) -> None:
+    plain = two.run(partial(cases.trained, sync, broadcast_buffers=False))
+    found = two.run(partial(cases.trained, sync, broadcast_buffers=False, checkpointed=reentrant))
+    for result, expected in zip(found, plain, strict=True):
+        assert_identical([result["buffers"], expected["buffers"]])
+        assert_identical([result["parameters"], expected["parameters"]])
+
+
+def test_layers_that_only_some_workers_use_are_merged(two: Crew) -> None:
+    options = {"detours": True, "find_unused_parameters": True, "broadcast_buffers": False}
+    found = two.run(partial(cases.trained, "running", **options))
+    assert_identical([result["buffers"] for result in found])
+    assert found[1]["buffers"][6] == 4  # the steps of the layer that rank 1 never used
+
+
+@pytest.mark.parametrize("sync", ["running", "batch"])
+def test_data_that_is_not_finite_poisons_no_other_rank(two: Crew, sync: str) -> None:
+    found = two.run(partial(cases.trained, sync, broken=(1, 1), broadcast_buffers=False))
+    assert_identical([result["buffers"] for result in found])
+    for result in found:
+        assert all(buffer.isfinite().all() for buffer in result["buffers"])
+        steps, skipped = result["buffers"][2::4], result["buffers"][3::4]
+        assert all(step == 4 for step in steps)
+        assert skipped[0] == 1
+
+
+def test_without_synchronization_ranks_differ(two: Crew) -> None:
+    found = two.run(partial(cases.trained, None, broadcast_buffers=False))
+    assert not torch.equal(found[0]["buffers"][0], found[1]["buffers"][0])
+
+
+def test_workers_with_unequal_numbers_of_batches_join(crew: Crew) -> None:
+    found = crew.run(cases.uneven)
+    assert_identical([result["buffers"] for result in found])
+    assert_identical([result["parameters"] for result in found])
+    assert found[0]["buffers"][2] == 1 + crew.number
+
+
+def test_forwards_without_gradients_are_merged_at_once(two: Crew) -> None:
+    found = two.run(cases.without_gradients)
+    assert_identical(found)
+    assert all(steps == 3 for steps in found[0][2::4])
+
+
+def test_one_rank_may_evaluate_alone(two: Crew) -> None:
+    assert two.run(cases.evaluated_on_one_rank) == [2, 2]
+
+
+def test_a_copy_has_collectives_of_its_own(two: Crew) -> None:
+    found = two.run(cases.copied)
+    for model in range(2):
+        assert_identical([rank[model] for rank in found])
+    assert_close(found[0][0], found[0][1])
+
+
+def test_layers_constructed_with_sync_need_no_call(two: Crew) -> None:
+    found = two.run(cases.layers_by_hand)
+    assert_identical(found)
+    assert found[0][2] == 2
+
+
+@pytest.mark.parametrize("sync", ["running", "batch"])
+def test_a_worker_that_does_not_come_is_an_error_within_the_time_limit(sync: str) -> None:
+    crew = Crew(2, limit=3)
+    try:
+        error, seconds = crew.run(cases.missing, sync)[0]
+    finally:
+        crew.stop()
+    assert "timed out" in error.lower() or "timeout" in error.lower()
+    assert seconds < 7
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_synchronized_is_refused() -> None:
+    with pytest.raises(ValueError, match="sync must be None, 'running' or 'batch', got 'all'"):
+        renorm.synchronize(renorm.BatchNorm1d(3), "all")
+    with pytest.raises(ValueError, match="ranks_per_group is for sync='batch', got sync='running'"):
+        renorm.synchronize(renorm.BatchNorm1d(3), "running", ranks_per_group=2)
+    with pytest.raises(ValueError, match=r"examples_per_group cuts it into groups.*got examples_per_group=2"):
+        renorm.GhostBatchNorm1d(3, 2, sync="batch")
+    with pytest.raises(ValueError, match="track_running_stats must be True"):
+        renorm.BatchNorm1d(3, track_running_stats=False, sync="running")
+
+
+@pytest.mark.parametrize("sync", ["running", "batch"])
+def test_one_process_is_as_without_synchronization(sync: str) -> None:
+    layer, plain = renorm.BatchRenorm1d(3, sync=sync), renorm.BatchRenorm1d(3)
+    x = torch.randn(8, 3)
+    assert torch.equal(layer(x), plain(x))
+    assert_identical([cases.buffers(layer), cases.buffers(plain)])
+
+
+def test_torch_s_converter_leaves_the_correction_in_place() -> None:
+    model = torch.nn.Sequential(renorm.BatchRenorm2d(3), torch.nn.BatchNorm2d(3))
+    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(converted[0]) is renorm.BatchRenorm2d
+    assert type(converted[1]) is torch.nn.SyncBatchNorm
