@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed._composable import checkpoint as composable_checkpoint
 from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import renorm
@@ -249,6 +252,31 @@ def layers_by_hand() -> list[Tensor]:
     for _ in range(2):
         network(torch.randn(6, 4, 5, 5) + dist.get_rank()).sum().backward()
     return buffers(network)
+
+
+def sharded(sync: str | None, checkpointed: bool = False) -> dict[str, Any]:
+    """FSDP2 with mixed precision: parameters in bfloat16, statistics in float32."""
+    network = renorm.synchronize(Network(limits=LIMITS), sync)
+    parts: list[nn.Module] = [network.first, network.detour, network.last]
+    if checkpointed:
+        for part in parts:
+            composable_checkpoint(part)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in parts:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    fully_shard(network, mesh=mesh, mp_policy=policy)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    outputs = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        y = network(torch.randn(6, 4, 5, 5, generator=generator))
+        y.sum().backward()
+        optimizer.step()
+        outputs.append(y.dtype)
+    parameters = [parameter.full_tensor().detach() for parameter in network.parameters()]
+    return {"parameters": parameters, "buffers": buffers(network), "outputs": outputs}
 
 
 def missing(sync: str) -> tuple[str, float]:

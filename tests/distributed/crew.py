@@ -85,5 +85,5 @@ class Crew:
         for calls in self._calls:
             calls.put(None)
         for process in self._processes:
-            process.join(10)
+            process.join(2)
             process.kill()

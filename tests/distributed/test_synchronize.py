@@ -177,6 +177,20 @@ def test_without_synchronization_ranks_differ(two: Crew) -> None:
     assert not torch.equal(found[0]["buffers"][0], found[1]["buffers"][0])
 
 
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("sync", [None, "running", "batch"], ids=str)
+def test_sharded_models_keep_their_statistics_in_float32(two: Crew, sync: str | None, checkpointed: bool) -> None:
+    found = two.run(cases.sharded, sync, checkpointed)
+    for result in found:
+        assert result["outputs"] == [torch.bfloat16] * 3
+        assert all(buffer.dtype in (torch.float32, torch.int64) for buffer in result["buffers"])
+        assert all(steps == 3 for steps in result["buffers"][2::4])
+    if sync is not None:
+        assert_identical([result["buffers"] for result in found])
+    if checkpointed:
+        assert_identical([found[0]["buffers"], two.run(cases.sharded, sync, False)[0]["buffers"]])
+
+
 def test_workers_with_unequal_numbers_of_batches_join(crew: Crew) -> None:
     found = crew.run(cases.uneven)
     assert_identical([result["buffers"] for result in found])
