@@ -17,14 +17,15 @@ from renorm.lab.recipes import RECIPES
 from renorm.lab.recipes.noniid import NonIid
 from renorm.lab.runs import Result, Run
 from renorm.lab.summary import markdown_table, summarize
+from renorm.lab.training import backward
 
 
 def run(**changes) -> Run:
     return Run(**{
         "recipe": "r", "data": "digits", "model": "mlp", "regime": "i.i.d.", "method": "batch norm", "tracking": "var",
         "limits": False, "examples_per_group": None, "channels_per_group": 1, "classes_per_batch": None,
-        "examples_per_class": None, "batch_size": 32, "steps": 1_300, "lr": 0.05, "momentum": 0.05, "augment": False,
-        "seed": 0,
+        "examples_per_class": None, "batch_size": 32, "forward_size": None, "steps": 1_300, "lr": 0.05,
+        "momentum": 0.05, "augment": False, "seed": 0,
     } | changes)  # fmt: skip
 
 
@@ -96,6 +97,28 @@ def test_example_weight_reaches_every_layer():
     model = resnet(8, 1, 10, renorm.Norm)
     set_example_weight(model, 0.3)
     assert {module.example_weight for module in model.modules() if isinstance(module, renorm.Norm)} == {0.3}
+
+
+@pytest.mark.parametrize("forward_size", [4, 8, 12])
+def test_a_minibatch_in_several_forwards_is_as_in_one(forward_size: int):
+    """Statistics over 4 examples, one gradient of 24 and one update, as with the paper's workers."""
+    models = [
+        build_model(
+            "mlp",
+            (1, 8, 8),
+            3,
+            lambda c: renorm.Norm(c, limits=renorm.Limits.constant(), examples_per_group=4, tracking="std"),
+        )
+        for _ in range(2)
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    images, labels = torch.randn(24, 1, 8, 8), torch.arange(24) % 3
+    losses = [backward(model, images, labels, size) for model, size in zip(models, (24, forward_size), strict=True)]
+    torch.testing.assert_close(*losses)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+    for one, other in zip(*(model.buffers() for model in models), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_methods_of_a_seed_start_from_the_same_weights_and_see_the_same_batches():

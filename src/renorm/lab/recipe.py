@@ -83,6 +83,7 @@ class Recipe(ABC):
         batch_size: int,
         seed: int,
         label: str | None = None,
+        forward_size: int | None = None,
         classes_per_batch: int | None = None,
         examples_per_class: int | None = None,
     ) -> Run:
@@ -112,6 +113,7 @@ class Recipe(ABC):
             classes_per_batch=classes_per_batch,
             examples_per_class=examples_per_class,
             batch_size=batch_size,
+            forward_size=forward_size,
             steps=self.steps,
             lr=self.lr,
             momentum=self.momentum,

@@ -24,6 +24,7 @@ class Run:
         classes_per_batch: classes in a minibatch; None for independent examples.
         examples_per_class: examples of each of these classes; None for independent examples.
         batch_size: examples in a minibatch.
+        forward_size: examples in a forward pass, if the minibatch goes through the network in parts; None for all.
         steps: training steps, one gradient each.
         lr: learning rate at the start; it decays to 0 along a cosine.
         momentum: weight of a new minibatch in the running statistics.
@@ -43,6 +44,7 @@ class Run:
     classes_per_batch: int | None
     examples_per_class: int | None
     batch_size: int
+    forward_size: int | None
     steps: int
     lr: float
     momentum: float

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import renorm
+
 from .batches import batches
 from .data import Dataset
 from .evaluation import ALPHAS, best_alpha, evaluate
@@ -59,15 +61,35 @@ def _optimize(model: nn.Module, run: Run, dataset: Dataset, progress: Callable[[
     curve: list[CurvePoint] = []
     losses: list[torch.Tensor] = []
     for step, (images, labels) in enumerate(batches(run, dataset), start=1):
-        loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
-        loss.backward()
+        loss = backward(model, images, labels, run.forward_size or len(labels))
         optimizer.step()
         schedule.step()
-        losses.append(loss.detach())
+        losses.append(loss)
         if step * _CURVE_POINTS // run.steps > len(curve):
             score = evaluate(model, dataset, dataset.validation, examples=_CURVE_EXAMPLES)
             curve.append(CurvePoint(step, float(torch.stack(losses).mean()), score.accuracy))
             losses.clear()
         progress(step)
     return tuple(curve)
+
+
+def backward(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, forward_size: int) -> torch.Tensor:
+    """One gradient of a minibatch, from one or several forwards, and one move of the running statistics.
+
+    Args:
+        model: the network; gradients are added to its parameters'.
+        images: (N, C, H, W).
+        labels: (N,).
+        forward_size: examples in a forward.
+
+    Returns:
+        Mean cross-entropy in nats, 0-d.
+    """
+    total = torch.zeros((), device=labels.device)
+    with renorm.accumulate(model):
+        for part, part_labels in zip(images.split(forward_size), labels.split(forward_size), strict=True):
+            loss = F.cross_entropy(model(part), part_labels) * (len(part) / len(labels))
+            loss.backward()
+            total += loss.detach()
+    return total

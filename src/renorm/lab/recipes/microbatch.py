@@ -22,6 +22,9 @@ class Microbatch(Recipe):
 
     Args:
         batch_size: examples in a minibatch, which gives one gradient.
+        forward_size: examples in a forward pass, by default all of the minibatch. With fewer, gradients are added up
+            over several forwards, and the running statistics move once, as if each forward were a worker:
+            --batch_size 1600 --forward_size 32 is the paper's arrangement of 50 workers.
         group_sizes: examples that share statistics, two columns of the table each.
     """
 
@@ -30,11 +33,13 @@ class Microbatch(Recipe):
 
     methods: tuple[MethodName, ...] = ("batch_norm", "batch_renorm", "batch_group_norm", "batch_group_renorm")
     batch_size: PositiveInt = 32
+    forward_size: PositiveInt | None = None
     group_sizes: tuple[PositiveInt, ...] = (32, 8, 4, 2)
 
     def runs(self, dataset: Dataset) -> list[Run]:
+        sizes = {"batch_size": self.batch_size, "forward_size": self.forward_size}
         return [
-            self.make_run(dataset, method, size, regime=f"n = {size}", seed=seed, batch_size=self.batch_size)
+            self.make_run(dataset, method, size, regime=f"n = {size}", seed=seed, **sizes)
             for method in self.methods
             for size in self.group_sizes
             for seed in range(self.seeds)
