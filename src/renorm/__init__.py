@@ -23,6 +23,7 @@ from .layers import (
 from .limits import Limits
 from .moments import Moments
 from .norm import Norm
+from .recurrent import BatchRenormGRU, BatchRenormLSTM
 from .synchronize import joinables, synchronize
 from .updates import accumulate, freeze
 
@@ -41,6 +42,8 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "BatchRenormGRU",
+    "BatchRenormLSTM",
     "ConversionReport",
     "GhostBatchNorm",
     "GhostBatchNorm1d",

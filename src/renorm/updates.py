@@ -49,8 +49,9 @@ def accumulate(*models: nn.Module) -> Iterator[None]:
         yield
     for layer, accumulation in pending.items():
         layer.commit(accumulation.batches)
-    for pool in {pool for layer in pending if (pool := layer.merging_pool())}:
-        pool.merge()
+    for pool in dict.fromkeys(layer.merging_pool() for layer in pending):
+        if pool is not None:
+            pool.merge()
 
 
 @contextmanager
