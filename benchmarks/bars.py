@@ -40,13 +40,14 @@ class Bar:
         return "met" if self.measured <= self.limit else "NOT MET"
 
 
-def all_bars(layers: list[Row], models: list[Row], memory: list[Row]) -> list[Bar]:
+def all_bars(layers: list[Row], models: list[Row], memory: list[Row], workers: list[Row]) -> list[Bar]:
     """Every bar.
 
     Args:
         layers: rows of layers.csv.
         models: rows of models.csv.
         memory: rows of memory.csv.
+        workers: rows of workers.csv.
 
     Returns:
         The bars, in the order of the table.
@@ -63,6 +64,7 @@ def all_bars(layers: list[Row], models: list[Row], memory: list[Row]) -> list[Ba
         *_groupings(_alone(training)),
         _memory(memory),
         *_inference(select(kept, mode="eval", direction="forward", threads=1)),
+        *_workers(workers),
     ]
 
 
@@ -136,3 +138,11 @@ def _memory(rows: list[Row]) -> Bar:
 def _inference(rows: list[Row]) -> Iterator[Bar]:
     yield _mean_bar("inference, alpha = 0 / nn.BatchNorm2d", 1.05, ratios(rows, c.OURS, c.BATCH_NORM))
     yield _mean_bar("inference, alpha = 0.1 / alpha = 0", None, ratios(rows, c.OURS_WEIGHTED, c.OURS))
+
+
+def _workers(rows: list[Row]) -> Iterator[Bar]:
+    two, one = select(rows, processes=2), select(rows, processes=1)
+    merged = ratios(two, c.MERGED, c.BATCH_NORM)
+    yield _mean_bar(f"ResNet-18 step, 2 workers, {c.MERGED} / nn.BatchNorm2d under DDP", 1.03, merged)
+    for block in (c.ACCUMULATE, c.FREEZE):
+        yield _mean_bar(f"ResNet-18 step, in {block} / in no block", None, ratios(one, block, c.NO_BLOCK))

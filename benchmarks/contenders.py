@@ -20,6 +20,8 @@ OUR_BATCH_GROUP, OUR_GROUP = "BatchGroupNorm2d", "BatchGroupNorm2d, 1 example"
 OURS_FUSED = "BatchRenorm2d, fused"
 OURS_COMPILED, OURS_FUSED_COMPILED = "BatchRenorm2d compiled", "BatchRenorm2d, fused, compiled"
 OURS_WEIGHTED = "BatchRenorm2d, alpha = 0.1"
+APART, MERGED, SHARED = "sync=None", "sync=running", "sync=batch"
+NO_BLOCK, ACCUMULATE, FREEZE = "no block", "accumulate", "freeze"
 
 _GROUPS = 16  # divides the channels of every layer measured
 _GHOST_EXAMPLES = 4

@@ -8,7 +8,8 @@ from statistics import geometric_mean
 
 from csvfiles import Row, Value
 
-_CASE = ("network", "shape", "layout", "dtype", "mode", "variant", "allocator", "threads", "batch", "size")
+_CASE = ("network", "shape", "layout", "dtype", "mode", "variant", "allocator", "threads", "batch", "size",
+         "processes")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,17 @@ _HERE = Path(__file__).parent
 _EXAMPLE_MB = 8  # the size whose page faults the page shows
 
 
-def page(layers: list[Row], models: list[Row], memory: list[Row], machine: Row) -> str:
+def page(
+    layers: list[Row], models: list[Row], memory: list[Row], workers: list[Row], costs: list[Row], machine: Row
+) -> str:
     """The page of the documentation.
 
     Args:
         layers: rows of layers.csv.
         models: rows of models.csv.
         memory: rows of memory.csv.
+        workers: rows of workers.csv.
+        costs: rows of workers-cost.csv.
         machine: what layers.csv was measured on.
 
     Returns:
@@ -36,7 +40,7 @@ def page(layers: list[Row], models: list[Row], memory: list[Row], machine: Row) 
     example = min(core, key=lambda shape: abs(core[shape] - _EXAMPLE_MB))
     return Template((_HERE / "page.md").read_text(encoding="utf-8")).substitute(
         machine=_machine_text(machine),
-        bars=tables.bar_table(all_bars(layers, models, memory)),
+        bars=tables.bar_table(all_bars(layers, models, memory, workers)),
         contenders_one=tables.contender_table(layers, 1),
         other_threads=_with_more_threads(tables.contender_table, layers),
         networks=tables.network_table(layers),
@@ -49,6 +53,8 @@ def page(layers: list[Row], models: list[Row], memory: list[Row], machine: Row) 
         memory=tables.memory_table(memory, example),
         models_one=tables.model_table(models, 1),
         other_models=_with_more_threads(tables.model_table, models),
+        workers=tables.worker_table(workers),
+        workers_cost=tables.cost_table(costs),
     )
 
 
@@ -72,12 +78,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=_HERE / "results", help="folder of the CSV files")
     parser.add_argument("--docs", type=Path, default=_HERE.parent / "docs", help="folder of the page and its figures")
     options = parser.parse_args()
-    layers, models, memory = (read_rows(options.results / f"{name}.csv") for name in ("layers", "models", "memory"))
-    print(tables.bar_table(all_bars(layers, models, memory)))
+    names = ("layers", "models", "memory", "workers", "workers-cost")
+    layers, models, memory, workers, costs = (read_rows(options.results / f"{name}.csv") for name in names)
+    print(tables.bar_table(all_bars(layers, models, memory, workers)))
     plot_copies(options.docs / "figures" / "copies.png", layers)
     plot_models(options.docs / "figures" / "models.png", models)
     machine = read_machine(options.results / "layers-machine.csv")
-    text = page(layers, models, memory, machine)
+    text = page(layers, models, memory, workers, costs, machine)
     replace_file(options.docs / "benchmarks.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -124,3 +124,31 @@ def model_table(models: list[Row], threads: int) -> str:
 
 def _number(value: float | None) -> str:
     return _MISSING if value is None else f"{value:.2f}"
+
+
+def worker_table(workers: list[Row]) -> str:
+    """Time of a training step on several processes, and what the layers send."""
+    lines = []
+    for row in workers:
+        below = c.NO_BLOCK if row["processes"] == 1 else c.BATCH_NORM
+        (reference,) = select(workers, processes=row["processes"], contender=below)
+        lines.append([
+            str(row["processes"]), str(row["contender"]), f"{float(row['median_ms']):.0f}",
+            f"{float(row['lower_quartile_ms']):.0f} to {float(row['upper_quartile_ms']):.0f}",
+            f"{float(row['median_ms']) / float(reference['median_ms']):.2f}",
+            str(row["collectives"]), f"{float(row['kilobytes']):.0f}",
+        ])  # fmt: skip
+    header = ["processes", "contender", "ms per step", "quartiles", "over the first", "collectives", "sent, kB"]
+    return markdown(header, lines, texts=(1, 3))
+
+
+def cost_table(costs: list[Row]) -> str:
+    """What the layers of a worker send per step, for growing numbers of workers."""
+    columns = ("gradients_megabytes", "running_megabytes", "batch_megabytes")
+    lines = [
+        [str(row["network"]), str(row["workers"]), *(f"{float(row[column]):.2f}" for column in columns),
+         str(row["batch_collectives"])]
+        for row in costs
+    ]  # fmt: skip
+    header = ["network", "workers", "gradients", "sync=running", "sync=batch", "its collectives"]
+    return markdown(header, lines)

@@ -26,6 +26,7 @@ from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import inception_v3, resnet18, resnet50
 
+import contenders as c
 import renorm
 from csvfiles import Row, read_rows, write_machine, write_rows
 from harness import Budget, Step, interleave
@@ -37,15 +38,15 @@ _WORKERS = (2, 4, 8, 16, 50, 100, 250, 1_000)
 
 _to_renorm = partial(renorm.convert, to=renorm.BatchRenorm, limits=renorm.Limits.constant(), report=lambda report: None)
 _CONVERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "nn.BatchNorm2d": lambda model: model,
-    "sync=None": _to_renorm,
-    "sync=running": partial(_to_renorm, sync="running"),
-    "sync=batch": partial(_to_renorm, sync="batch"),
+    c.BATCH_NORM: lambda model: model,
+    c.APART: _to_renorm,
+    c.MERGED: partial(_to_renorm, sync="running"),
+    c.SHARED: partial(_to_renorm, sync="batch"),
 }
 _BLOCKS: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
-    "no block": lambda model: nullcontext(),
-    "accumulate": renorm.accumulate,
-    "freeze": renorm.freeze,
+    c.NO_BLOCK: lambda model: nullcontext(),
+    c.ACCUMULATE: renorm.accumulate,
+    c.FREEZE: renorm.freeze,
 }
 
 
@@ -105,10 +106,10 @@ def steps_of(processes: int, images: torch.Tensor) -> dict[str, Step]:
     steps = {}
     for name in _BLOCKS if processes == 1 else _CONVERSIONS:
         torch.manual_seed(0)
-        model = _CONVERSIONS["sync=None" if processes == 1 else name](resnet18(num_classes=10)).train()
+        model = _CONVERSIONS[c.APART if processes == 1 else name](resnet18(num_classes=10)).train()
         together = processes > 1
         parallel = DistributedDataParallel(model) if together else model
-        steps[name] = network_step(parallel, images, _BLOCKS[name if processes == 1 else "no block"], together)
+        steps[name] = network_step(parallel, images, _BLOCKS[name if processes == 1 else c.NO_BLOCK], together)
     return steps
 
 

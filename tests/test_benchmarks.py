@@ -94,7 +94,7 @@ def test_bars_are_means_and_worst_cases_of_ratios_on_the_same_case() -> None:
         row("nn.BatchNorm2d", 100.0, allocator="default"),
         row("BatchRenorm2d", 0.1, threads=64),
     ]
-    found = {bar.subject: bar for bar in all_bars(layers, models=[], memory=[])}
+    found = {bar.subject: bar for bar in all_bars(layers, models=[], memory=[], workers=[])}
     mean = found["BatchRenorm2d / nn.BatchNorm2d, norm, contiguous"]
     assert mean.measured == pytest.approx(0.6)
     assert mean.verdict == "NOT MET"
@@ -120,7 +120,7 @@ def test_a_regression_is_the_ratio_of_medians_of_alternating_visits() -> None:
 
 @pytest.mark.slow
 def test_every_script_runs_from_measuring_to_the_page(tmp_path: Path) -> None:
-    for script in ("layers", "models", "memory"):
+    for script in ("layers", "models", "memory", "workers"):
         run(script, "--quick", "--out", str(tmp_path))
     printed = run("report", "--results", str(tmp_path), "--docs", str(tmp_path / "docs"))
     assert "BatchRenorm2d / plain code" in printed

@@ -304,3 +304,25 @@ def test_hooks_that_are_no_checkpoint_change_nothing() -> None:
     expected = trained(copy.deepcopy(tower))
     with torch.autograd.graph.save_on_cpu():
         assert_same(trained(tower), expected)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.parametrize("accumulates", [False, True], ids=["ordinary", "accumulating"])
+def test_a_checkpoint_inside_of_compiled_code(accumulates: bool) -> None:
+    """The compiler recomputes by itself, from statistics that have moved unless the step accumulates."""
+    tower = Tower(limits=LIMITS)
+    plain = copy.deepcopy(tower)
+    tower.run = partial(checkpoint, use_reentrant=False)
+    compiled = torch.compile(tower, backend="aot_eager")
+    found = []
+    for model, network in ((compiled, tower), (plain, plain)):
+        x = torch.linspace(-2, 2, 30).reshape(6, 5).requires_grad_()
+        with renorm.accumulate(network) if accumulates else nullcontext():
+            y = model(x)
+            y.square().sum().backward()
+        gradients = [x.grad, *(p.grad for p in network.parameters())] if accumulates else []
+        found.append([y.detach(), *network.buffers(), *gradients])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 from torch import distributed as dist
 
 DOCS = Path(__file__).parent.parent / "docs"
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -22,15 +22,15 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("page", ["training-loops", "distributed"])
+@pytest.mark.parametrize("page", ["training-loops", "distributed", "several-forwards"])
 def test_the_code_of_a_page_runs(page: str) -> None:
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     blocks = BLOCK.findall(text)
     assert blocks
     names: dict[str, object] = {}
-    for block in blocks:
+    for indent, block in blocks:
         line = text[: text.index(block)].count("\n")
-        exec(compile("\n" * line + block, f"{page}.md", "exec"), names)
+        exec(compile("\n" * line + re.sub(f"^{indent}", "", block, flags=re.MULTILINE), f"{page}.md", "exec"), names)
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)

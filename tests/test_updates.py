@@ -227,6 +227,23 @@ def test_modules_of_other_kinds_and_layers_without_statistics_are_left_alone(
     assert torch.equal(y, model(x))
 
 
+@each_block
+def test_a_model_without_a_layer_of_ours_is_warned_about_if_it_has_torch_s(
+    block: Callable[..., AbstractContextManager[None]],
+) -> None:
+    with pytest.warns(UserWarning, match="torch's batch norm layers go on as ever") as caught, block(nn.BatchNorm1d(3)):
+        pass
+    assert caught[0].filename == __file__
+    with block(nn.Identity()):
+        pass
+
+
+@each_block
+def test_a_list_of_models_is_refused(block: Callable[..., AbstractContextManager[None]]) -> None:
+    with pytest.raises(TypeError, match="models must be modules, one by one, got list"), block([nn.Identity()]):
+        pass
+
+
 def test_unknown_statistics_are_refused() -> None:
     with pytest.raises(ValueError, match="statistics must be 'batch' or 'running', got 'ema'"):
         renorm.freeze(nn.Linear(1, 1), statistics="ema").__enter__()

@@ -85,7 +85,8 @@ class Limits:
         """The paper's ramps in proportion to a training of another length.
 
         Args:
-            total_steps: number of training steps, at least 1.
+            total_steps: number of training steps, at least 1. Limits count the updates of their own layer: a network
+                that takes part in every third step has a third of them.
             r_max: limit of r at the end, at least 1.
             d_max: limit of d at the end, at least 0.
 

@@ -12,9 +12,9 @@ from .grouping import Grouping
 from .moments import Moments
 from .occasions import Blocks, counts, innermost_accumulation
 from .tracking import RunningState, Tracking, commit, commit_together
-from .workers import sums
 from .workers.group import Workers
 from .workers.running import Pool, pool_of
+from .workers.sums import Rule
 
 Sync = Literal["running", "batch"]
 _STATISTICS = ("running_mean", "running_var")
@@ -145,27 +145,19 @@ class Tracked(nn.Module):
         # The ranks of a ghost group have the same moments, which must count once.
         return self.sync != "batch" or self.workers.rank == 0
 
-    def contribution(self, batches: Sequence[Moments]) -> Tensor:
-        """What this worker has for all workers' running statistics.
+    @property
+    def rule(self) -> Rule:
+        """Which sums over workers the running statistics need."""
+        return Rule(self.num_features, self.tracking, self.grouping.channels_per_group, self.eps)
 
-        Args:
-            batches: moments of each batch, as of `commit`.
-
-        Returns:
-            Sums, (3 + 2 C,), float64; zeros without a batch.
-        """
-        if not batches:
-            return self.running_mean.new_zeros(sums.size(self.num_features), dtype=torch.float64)
-        return sums.to_sums(batches, self.tracking, self.grouping.channels_per_group, self.eps)
-
-    def commit_sums(self, total: Tensor) -> None:
+    def commit_merged(self, moments: Moments, left_out: Tensor) -> None:
         """Move the running statistics once, by the batches of all workers.
 
         Args:
-            total: contributions of all workers, added.
+            moments: of all workers' batches as one group, (1, C).
+            left_out: batches that were not finite, 0-d.
         """
-        state, k = self._state(), self.grouping.channels_per_group
-        moments, left_out = sums.from_sums(total, state.var, self.tracking, k, self.eps)
+        state = self._state()
         state.skipped.add_(left_out)
         commit(state, moments, **self._rule())
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import get_args
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .norm import Norm
 from .occasions import Accumulation, Frozen, Statistics
@@ -17,8 +19,9 @@ def accumulate(*models: nn.Module) -> Iterator[None]:
     """Merge the batches of a block, and move the running statistics once, at its end.
 
     For gradient accumulation, for several forwards of one step, and for a layer called at several time steps. Every
-    batch is normalized, and corrected, with the running statistics from before the block; the update is that of all
-    examples in one batch, each micro-batch a statistics group of its own. `num_batches_tracked` counts the block as
+    batch is normalized, and corrected, with the running statistics from before the block; the update is that of one
+    batch whose statistics groups are the micro-batches: with `tracking="std"` the running variance is that within
+    them, with "var" and "total" how far their means lie apart is in it. `num_batches_tracked` counts the block as
     one, so limits follow optimizer steps. A micro-batch whose moments are not finite is left out and counted in
     `num_batches_skipped`.
 
@@ -31,6 +34,12 @@ def accumulate(*models: nn.Module) -> Iterator[None]:
 
     Yields:
         Nothing.
+
+    Raises:
+        TypeError: an argument is no module.
+
+    Warns:
+        UserWarning: there is no layer of renorm, but torch's batch norm, which goes on as ever.
 
     Source:
         Ioffe 2017, section 4.2: statistics over microbatches of 4, one gradient of 32.
@@ -73,7 +82,11 @@ def freeze(*models: nn.Module, statistics: Statistics = "batch") -> Iterator[Non
         Nothing.
 
     Raises:
+        TypeError: an argument is no module.
         ValueError: `statistics` is neither.
+
+    Warns:
+        UserWarning: there is no layer of renorm, but torch's batch norm, which goes on as ever.
 
     Example:
         >>> import torch, renorm
@@ -91,8 +104,15 @@ def freeze(*models: nn.Module, statistics: Statistics = "batch") -> Iterator[Non
 
 
 def _tracking_layers(models: tuple[nn.Module, ...]) -> list[Norm]:
-    layers = (module for model in models for module in model.modules() if isinstance(module, Norm))
-    return list(dict.fromkeys(layer for layer in layers if layer.track_running_stats))
+    for model in models:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"models must be modules, one by one, got {type(model).__name__}")
+    modules = dict.fromkeys(module for model in models for module in model.modules())
+    layers = [module for module in modules if isinstance(module, Norm)]
+    if not layers and any(isinstance(module, _BatchNorm) for module in modules):
+        warnings.warn("torch's batch norm layers go on as ever; renorm.convert(model, renorm.BatchNorm) makes them "
+                      "renorm's", stacklevel=4)  # fmt: skip
+    return [layer for layer in layers if layer.track_running_stats]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import renorm
 
+warnings.filterwarnings("ignore", ".*should not be instantiated.*")
 warnings.filterwarnings("ignore", ".*find_unused_parameters=True was specified.*")
 
 Batch = dict[str, Tensor]
@@ -76,6 +77,19 @@ def steps(options: dict[str, Any], sizes: list[int], masked: bool) -> dict[str, 
         part = {name: tensor[shares(sizes)] for name, tensor in whole.items()}
         results.append(step(model, part | {"x": part["x"] * scale}, masked))
     return {"steps": results, "buffers": buffers(model)}
+
+
+def in_precision(dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, list[Tensor]]:
+    """A forward and backward in another dtype and memory format."""
+    model = layer({"limits": renorm.Limits.constant(), "tracking": "std", "sync": "batch"})
+    x = batch()["x"][shares([5, 7])].to(dtype)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    x.requires_grad_()
+    y = model(x)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+    return y.detach(), buffers(model)
 
 
 def grouped(ranks_per_group: int) -> dict[str, Any]:
@@ -252,6 +266,19 @@ def layers_by_hand() -> list[Tensor]:
     for _ in range(2):
         network(torch.randn(6, 4, 5, 5) + dist.get_rank()).sum().backward()
     return buffers(network)
+
+
+def compiled(sync: str) -> list[list[Tensor]]:
+    """Parameters' gradients and buffers, compiled and eager."""
+    found = []
+    for compile_ in (lambda model: torch.compile(model, backend="aot_eager"), lambda model: model):
+        network = renorm.synchronize(Network(limits=LIMITS), sync)
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        model = compile_(network)
+        for _ in range(2):
+            model(torch.randn(6, 4, 5, 5, generator=generator)).sum().backward()
+        found.append([*(parameter.grad for parameter in network.parameters()), *buffers(network)])
+    return found
 
 
 def sharded(sync: str | None, checkpointed: bool = False) -> dict[str, Any]:

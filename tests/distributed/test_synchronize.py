@@ -208,6 +208,26 @@ def test_one_rank_may_evaluate_alone(two: Crew) -> None:
     assert two.run(cases.evaluated_on_one_rank) == [2, 2]
 
 
+@pytest.mark.parametrize("sync", ["running", "batch"])
+def test_compiled_models_are_synchronized_in_eager_mode(two: Crew, sync: str) -> None:
+    for compiled, eager in two.run(cases.compiled, sync):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+def test_one_batch_in_other_precisions_and_layouts(two: Crew, dtype: torch.dtype, channels_last: bool) -> None:
+    found = two.run(cases.in_precision, dtype, channels_last)
+    layer = cases.layer({"limits": renorm.Limits.constant(), "tracking": "std"}).double()
+    expected = layer(cases.batch()["x"].to(dtype).double())
+    y = torch.cat([y for y, _ in found])
+    assert y.dtype == dtype
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    assert_identical([buffers for _, buffers in found])
+    torch.testing.assert_close(found[0][1][0].double(), layer.running_mean, rtol=1e-3, atol=1e-3)
+
+
 def test_a_copy_has_collectives_of_its_own(two: Crew) -> None:
     found = two.run(cases.copied)
     for model in range(2):

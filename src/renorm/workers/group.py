@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import Any, Self
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-# A process group of ours for each of the user's, so that no collective of ours meets one of DDP's out of turn.
-_own: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+# A process group of ours for each of the user's, so that no collective of ours meets one of DDP's out of turn. Held by
+# torch alone: what outlives destroy_process_group may abort the process at its end.
+_own: WeakKeyDictionary[Any, ref[Any]] = WeakKeyDictionary()
 
 
 class Workers:
@@ -51,10 +52,12 @@ class Workers:
     def own(self) -> Any:
         """A process group of the same processes and time limit that nothing else uses; made by all at first use."""
         group = self.process_group
-        if group not in _own:
+        own = _own[group]() if group in _own else None
+        if own is None:
             ranks = dist.get_process_group_ranks(group)
-            _own[group] = dist.new_group(ranks, timeout=_time_limit(group), use_local_synchronization=True)
-        return _own[group]
+            own = dist.new_group(ranks, timeout=_time_limit(group), use_local_synchronization=True)
+            _own[group] = ref(own)
+        return own
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The tensor of every worker.

@@ -12,16 +12,20 @@ from torch.autograd import Variable
 
 from ..moments import Moments
 from .group import Workers
+from .sums import Rule, from_sums, to_sums
 
 
 class Member(Protocol):
-    """What a layer does for its pool."""
+    """What a pool knows of a layer."""
 
-    def contribution(self, batches: Sequence[Moments]) -> Tensor:
-        """Its sums, of a size that depends on the layer alone; zeros without a batch."""
+    running_var: Tensor
 
-    def commit_sums(self, sums: Tensor) -> None:
-        """Move the running statistics by the sums of all workers."""
+    @property
+    def rule(self) -> Rule:
+        """Which sums it needs."""
+
+    def commit_merged(self, moments: Moments, left_out: Tensor) -> None:
+        """Move the running statistics by the moments of all workers."""
 
 
 class Pool:
@@ -84,15 +88,15 @@ class Pool:
     @property
     def device(self) -> torch.device:
         """Of the first member's statistics."""
-        return self._all()[0].contribution([]).device
+        return self._all()[0].running_var.device
 
     def _all(self) -> Sequence[Member]:
         return self._members or list(self._pending)
 
     def _start(self, members: Sequence[Member]) -> None:
         self._finish()  # what a backward pass that failed has left
-        sums = [member.contribution(self._pending.pop(member, [])) for member in members]
-        buffer = torch.cat([part.to(sums[0].device) for part in sums])
+        batches = [self._pending.pop(member, []) for member in members]
+        buffer = to_sums([member.rule for member in members], batches, members[0].running_var.device)
         self._under_way = members, buffer, self.workers.start_sum(buffer)
 
     def _finish(self) -> None:
@@ -100,9 +104,9 @@ class Pool:
             return
         (members, buffer, work), self._under_way = self._under_way, None
         work.wait()
-        sizes = [len(member.contribution([])) for member in members]
-        for member, sums in zip(members, buffer.split(sizes), strict=True):
-            member.commit_sums(sums)
+        found = from_sums(buffer, [member.rule for member in members], [member.running_var for member in members])
+        for member, moments, left_out in zip(members, *found, strict=True):
+            member.commit_merged(moments, left_out)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pending": {}, "_under_way": None, "announce": None}

@@ -1,8 +1,13 @@
-"""Moments as sums that workers can add: a header, then two numbers per channel."""
+"""Moments of many layers as sums that workers can add, in a few operations for all layers together.
+
+float64, in which E[x^2] - E[x]^2 keeps what float32 statistics need.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,70 +15,135 @@ from torch import Tensor
 from ..moments import Moments
 from ..tracking import Tracking
 
-_HEADER = 3  # elements; groups of more than one element; batches that are not finite
 
-
-def size(num_features: int) -> int:
-    """Numbers that a layer sends.
+class Rule(NamedTuple):
+    """What decides which sums a layer needs.
 
     Args:
         num_features: C.
-
-    Returns:
-        Its share of the collective.
-    """
-    return _HEADER + 2 * num_features
-
-
-def to_sums(batches: Sequence[Moments], tracking: Tracking, channels_per_group: int, eps: float) -> Tensor:
-    """What a layer contributes. float64, in which E[x^2] - E[x]^2 keeps what float32 statistics need.
-
-    Args:
-        batches: moments of every channel in every example group of each batch, (G, C), at least one.
-        tracking: rule by which the running variance moves: says which second sum it needs.
+        tracking: how the running variance moves.
         channels_per_group: consecutive channels that share statistics.
         eps: added to the variance where "std" takes its square root.
+    """
+
+    num_features: int
+    tracking: Tracking
+    channels_per_group: int
+    eps: float
+
+
+class _Row(NamedTuple):
+    """A layer's batches as if they were one group: mean and var (C,), the others (1,)."""
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor  # type: ignore[assignment]  # as in Moments
+    most: Tensor  # elements of its largest group
+    left_out: Tensor  # batches that are not finite
+
+
+class _Places(NamedTuple):
+    """Constants of the channels of all layers, one after the other."""
+
+    layer: Tensor
+    eps: Tensor
+    is_std: Tensor
+    is_var: Tensor
+    channels_per_group: Tensor  # of each layer
+
+
+def to_sums(rules: Sequence[Rule], batches: Sequence[Sequence[Moments]], device: torch.device) -> Tensor:
+    """What the layers of a worker contribute.
+
+    Args:
+        rules: of each layer.
+        batches: of each layer, moments of every channel in every example group of each batch, (G, C).
+        device: of the result.
 
     Returns:
-        Sums over groups, (3 + 2 C,).
+        For each layer: elements, whether a group has more than one, batches that are not finite, (3, layers); then two
+        sums over elements for each channel, (2, channels of all layers); flat.
     """
-    sums = [_sums(moments, tracking, channels_per_group, eps) for moments in batches]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
-
-
-def _sums(moments: Moments, tracking: Tracking, k: int, eps: float) -> Tensor:
-    mean, var, count = (moment.double() for moment in moments)
-    second = (var + eps).sqrt() if tracking == "std" else var + mean.square()
-    elements = count.sum()
-    spread = (count * k > 1).sum()
-    sums = torch.cat((torch.stack((elements, spread, elements * 0)), (count * torch.cat((mean, second), 1)).sum(0)))
-    is_finite = (0 * sums).sum() == 0
-    nothing = torch.zeros_like(sums)
-    nothing[_HEADER - 1] = 1
-    return torch.where(is_finite, sums, nothing)
+    places = _places(tuple(rules), device)
+    rows = [_row(rule, several, device) for rule, several in zip(rules, batches, strict=True)]
+    mean, var, count, most, left_out = (torch.cat(parts).double() for parts in zip(*rows, strict=True))
+    second = torch.where(places.is_std, (var + places.eps).sqrt(), var + mean.square())
+    junk = torch.zeros_like(count).index_add_(0, places.layer, 0 * (mean + var))  # not a number where not finite
+    is_finite = junk == 0
+    count = count.where(is_finite, 0)
+    has_spread = (most * places.channels_per_group > 1) & is_finite
+    header = torch.stack((count, has_spread, left_out + ~is_finite))
+    values = torch.stack((mean, second)).where(is_finite[places.layer], 0) * count[places.layer]
+    return torch.cat((header.flatten(), values.flatten()))
 
 
 def from_sums(
-    sums: Tensor, running_var: Tensor, tracking: Tracking, channels_per_group: int, eps: float
-) -> tuple[Moments, Tensor]:
-    """The moments behind sums, as of one group that moves the running statistics as all the groups together do.
+    sums: Tensor, rules: Sequence[Rule], running_vars: Sequence[Tensor]
+) -> tuple[list[Moments], Sequence[Tensor]]:
+    """The moments behind sums, each as of one group that moves the statistics as all the groups together do.
 
     Args:
-        sums: over all workers, (3 + 2 C,).
-        running_var: from before, (C,).
-        tracking: as in `to_sums`.
-        channels_per_group: as in `to_sums`.
-        eps: as in `to_sums`.
+        sums: over all workers, as of `to_sums`.
+        rules: of each layer.
+        running_vars: of each layer from before, (C,).
 
     Returns:
-        Moments (1, C) in the dtype of `running_var`, and the number of batches that were left out.
+        Moments (1, C) of each layer, in the dtype of its statistics; and the batches that were left out of each.
     """
-    count, spread, skipped = sums[:_HEADER]
-    mean, second = (sums[_HEADER:] / count.clamp(min=1)).chunk(2)
-    var = second.square() - eps if tracking == "std" else second - mean.square()
-    if tracking != "total":  # single elements say nothing of a spread: what leaves the running variance as it is
-        still = running_var.double()
-        still = still * (1 - 1 / count.clamp(min=1)) if tracking == "var" else still
-        var = torch.where(spread > 0, var, still)
-    dtype = running_var.dtype
-    return Moments(mean[None].to(dtype), var[None].to(dtype), count[None, None].to(dtype)), skipped.long()
+    places, number = _places(tuple(rules), sums.device), len(rules)
+    count, spread, left_out = sums[: 3 * number].view(3, number)
+    divisor = count.clamp(min=1)
+    per_channel = divisor[places.layer]
+    mean, second = sums[3 * number :].view(2, -1) / per_channel
+    var = torch.where(places.is_std, second.square() - places.eps, second - mean.square())
+    # Single elements say nothing of a spread: what leaves the running variance as it is.
+    still = torch.cat([running_var.to(sums.device) for running_var in running_vars]).double()
+    unbiased = torch.where(places.is_var, still * (1 - 1 / per_channel), still)
+    moves = (spread > 0)[places.layer] | ~(places.is_std | places.is_var)
+    var = torch.where(moves, var, unbiased)
+    widths = [rule.num_features for rule in rules]
+    parts = zip(mean.split(widths), var.split(widths), count.split(1), running_vars, strict=True)
+    moments = [
+        Moments(*(part[None].to(running_var) for part in (layer_mean, layer_var, layer_count)))
+        for layer_mean, layer_var, layer_count, running_var in parts
+    ]
+    return moments, left_out.long().unbind()
+
+
+def _row(rule: Rule, batches: Sequence[Moments], device: torch.device) -> _Row:
+    if not batches:
+        nothing = torch.zeros(rule.num_features, device=device)
+        return _Row(nothing, nothing, nothing[:1], nothing[:1], nothing[:1])
+    if len(batches) == 1 and len(batches[0].mean) == 1:
+        mean, var, count = (part[0].to(device) for part in batches[0])
+        return _Row(mean, var, count, count, torch.zeros_like(count))
+    return _merged_row(rule, batches, device)
+
+
+def _merged_row(rule: Rule, batches: Sequence[Moments], device: torch.device) -> _Row:
+    is_finite = torch.stack([(0 * (moments.mean + moments.var)).sum() == 0 for moments in batches])
+    kept = torch.cat([ok.expand(len(moments.mean)) for ok, moments in zip(is_finite, batches, strict=True)])[:, None]
+    mean, var, count = (torch.cat(parts).double().where(kept, 0) for parts in zip(*batches, strict=True))
+    merged = Moments(mean, var, count).merged(0)
+    if rule.tracking == "std":
+        sigma = (count * (var + rule.eps).sqrt()).sum(0) / merged.count.clamp(min=1)
+        merged = merged._replace(var=sigma.square() - rule.eps)
+    row = _Row(*merged, count.amax(0), (~is_finite).sum()[None])
+    return _Row(*(part.to(device) for part in row))
+
+
+@lru_cache(maxsize=32)
+def _places(rules: tuple[Rule, ...], device: torch.device) -> _Places:
+    widths = torch.tensor([rule.num_features for rule in rules])
+
+    def spread(values: list[float] | list[bool]) -> Tensor:
+        dtype = torch.float64 if isinstance(values[0], float) else torch.bool
+        return torch.tensor(values, dtype=dtype).repeat_interleave(widths).to(device)
+
+    return _Places(
+        torch.arange(len(rules)).repeat_interleave(widths).to(device),
+        spread([rule.eps for rule in rules]),
+        spread([rule.tracking == "std" for rule in rules]),
+        spread([rule.tracking == "var" for rule in rules]),
+        torch.tensor([rule.channels_per_group for rule in rules], device=device),
+    )

@@ -1,0 +1,117 @@
+"""The examples as their readers run them: each writes its table and its picture, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+
+import renorm
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+PAGE = ROOT / "docs" / "several-forwards.md"
+LABELS = {"renorm": "batch renorm", "batch": "batch norm", "none": "no norm"}  # in the order of the page's columns
+
+pytest.importorskip("matplotlib")
+
+
+def run(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    source = str(Path(renorm.__file__).parents[1])
+    command = [sys.executable, "-W", "error::UserWarning:renorm", str(EXAMPLES / f"{name}.py"), *options]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": source}
+    )
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def check_files(folder: Path, name: str) -> list[dict[str, str]]:
+    assert {path.name for path in folder.iterdir()} == {f"{name}.csv", f"{name}.png"}  # nothing half written is left
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return table(folder / f"{name}.csv")
+
+
+@pytest.mark.slow
+def test_crossq_writes_table_and_picture(tmp_path: Path) -> None:
+    pytest.importorskip("gymnasium")
+    done = run("crossq", "--steps", "10", "--seeds", "1", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = check_files(tmp_path, "crossq")
+    assert [row["norm"] for row in rows if row["step"] == "10"] == ["renorm", "batch", "none"]
+    assert all(-2_000 < float(row["return"]) < 0 for row in rows)  # what Pendulum can give
+    assert "mean over training" in done.stdout
+
+
+@pytest.mark.slow
+def test_gan_writes_table_and_picture(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    done = run("gan", "--steps", "3", "--seeds", "2", "--norm", "batch", "renorm", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = check_files(tmp_path, "gan")
+    last = [(row["norm"], row["seed"]) for row in rows if row["step"] == "3"]
+    assert last == [("batch", "0"), ("renorm", "0"), ("batch", "1"), ("renorm", "1")]
+    assert all(0 <= float(row["accuracy_eval"]) <= 1 and float(row["distance_eval"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("crossq", ["--steps", "0"], "must be at least 1, got 0"),
+        ("crossq", ["--env", "CartPole-v1"], "must be vectors of real numbers, got Discrete(2)"),
+        ("crossq", ["--env", "Nowhere-v0"], "--env Nowhere-v0: "),
+        ("gan", ["--norm", "layer"], "invalid choice: 'layer'"),
+    ],
+)
+def test_bad_options_are_refused(name: str, options: list[str], message: str, tmp_path: Path) -> None:
+    if name == "crossq":
+        pytest.importorskip("gymnasium")
+    done = run(name, *options, "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def spread(values: list[float], digits: int) -> str:
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def late_means(rows: list[dict[str, str]], norm: str, column: str, after: float) -> list[float]:
+    """Of each seed, over the rows of steps beyond `after`."""
+    runs: dict[str, list[float]] = {}
+    for row in rows:
+        if row["norm"] == norm and int(row["step"]) > after:
+            runs.setdefault(row["seed"], []).append(float(row[column]))
+    assert len(runs) == 3
+    return [mean(run) for run in runs.values()]
+
+
+def page_rows() -> dict[str, list[str]]:
+    lines = [line.split("|")[1:-1] for line in PAGE.read_text().splitlines() if line.startswith("|")]
+    return {first.strip(): [cell.strip() for cell in cells] for first, *cells in lines}
+
+
+def test_numbers_of_the_page_are_those_of_the_tables() -> None:
+    cells = page_rows()
+    returns = table(EXAMPLES / "results" / "crossq.csv")
+    for norm, label in LABELS.items():
+        last, average = (late_means(returns, norm, "return", after) for after in (5_999, 0))
+        assert cells[label][:2] == [spread(last, 1), spread(average, 1)]
+    measured = table(EXAMPLES / "results" / "gan.csv")
+    for label, column in (
+        ("discriminator's accuracy", "accuracy"),
+        ("mean logit of real minus fake", "logit_gap"),
+        ("generator's distance", "distance"),
+    ):
+        for mode, name in (("training mode", "train"), ("evaluation", "eval")):
+            expected = [spread(late_means(measured, norm, f"{column}_{name}", 4_000 * 2 / 3), 2) for norm in LABELS]
+            assert cells[f"{label}, {mode}"] == expected
