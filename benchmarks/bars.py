@@ -143,6 +143,6 @@ def _inference(rows: list[Row]) -> Iterator[Bar]:
 def _workers(rows: list[Row]) -> Iterator[Bar]:
     two, one = select(rows, processes=2), select(rows, processes=1)
     merged = ratios(two, c.MERGED, c.BATCH_NORM)
-    yield _mean_bar(f"ResNet-18 step, 2 workers, {c.MERGED} / nn.BatchNorm2d under DDP", 1.03, merged)
+    yield _mean_bar(f"ResNet-18 CIFAR, 2 workers, {c.MERGED} / nn.BatchNorm2d under DDP", 1.03, merged)
     for block in (c.ACCUMULATE, c.FREEZE):
-        yield _mean_bar(f"ResNet-18 step, in {block} / in no block", None, ratios(one, block, c.NO_BLOCK))
+        yield _mean_bar(f"ResNet-18 CIFAR, in {block} / in no block", None, ratios(one, block, c.NO_BLOCK))

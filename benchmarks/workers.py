@@ -31,8 +31,10 @@ import renorm
 from csvfiles import Row, read_rows, write_machine, write_rows
 from harness import Budget, Step, interleave
 from machine import describe
+from networks import NETWORKS, QUICK_NETWORKS, Network
 
-_BATCH, _SIZE = 32, 32
+(_NETWORK,) = (network for network in NETWORKS if network.name == "ResNet-18 CIFAR")
+_ROUNDS = 30
 _PROCESSES = (1, 2, 4)
 _WORKERS = (2, 4, 8, 16, 50, 100, 250, 1_000)
 
@@ -101,51 +103,54 @@ def network_step(model: nn.Module, images: torch.Tensor, block: Callable[[nn.Mod
     return step
 
 
-def steps_of(processes: int, images: torch.Tensor) -> dict[str, Step]:
+def steps_of(network: Network, processes: int, images: torch.Tensor) -> dict[str, Step]:
     """The contenders."""
     steps = {}
     for name in _BLOCKS if processes == 1 else _CONVERSIONS:
         torch.manual_seed(0)
-        model = _CONVERSIONS[c.APART if processes == 1 else name](resnet18(num_classes=10)).train()
+        model = _CONVERSIONS[c.APART if processes == 1 else name](network.build()).train()
         together = processes > 1
         parallel = DistributedDataParallel(model) if together else model
         steps[name] = network_step(parallel, images, _BLOCKS[name if processes == 1 else c.NO_BLOCK], together)
     return steps
 
 
-def measure(rank: int, processes: int, port: int, rounds: int, out: Path) -> None:
+def measure(rank: int, processes: int, port: int, quick: bool, out: Path) -> None:
     """What a process does; the first one writes the rows."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
-    steps = steps_of(processes, torch.randn(_BATCH, 3, _SIZE, _SIZE, generator=torch.Generator().manual_seed(rank)))
+    network = QUICK_NETWORKS[0] if quick else _NETWORK
+    generator = torch.Generator().manual_seed(rank)
+    images = torch.randn(network.batch, 3, network.size, network.size, generator=generator)
+    steps = steps_of(network, processes, images)
     sent = {}
     for name, step in steps.items():
         step()
         with Counter() as counter:
             step()
         sent[name] = {"collectives": counter.collectives, "kilobytes": round(counter.bytes / 1e3, 1)}
-    samples = interleave(steps, Budget(seconds=0, least_rounds=rounds, warmup=2))
+    samples = interleave(steps, Budget(seconds=0, least_rounds=3 if quick else _ROUNDS, warmup=2))
     rows = []
     for name, sample in samples.items():
         everyone: list[list[float]] = [[] for _ in range(processes)]
         dist.all_gather_object(everyone, sample.seconds["step"])
         sample.seconds["step"] = [max(times) for times in zip(*everyone, strict=True)]
         rows.append(
-            {"processes": processes, "network": "resnet18", "contender": name, **sample.row("step")} | sent[name]
+            {"processes": processes, "network": network.name, "contender": name, **sample.row("step")} | sent[name]
         )
     if rank == 0:
         write_rows(out, rows)
     dist.destroy_process_group()
 
 
-def measured(processes: int, rounds: int) -> list[Row]:
+def measured(processes: int, quick: bool) -> list[Row]:
     """The rows of a number of processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.csv")
-        multiprocessing.spawn(measure, (processes, port, rounds, path), nprocs=processes)
+        multiprocessing.spawn(measure, (processes, port, quick, path), nprocs=processes)
         return read_rows(path)
 
 
@@ -180,7 +185,7 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[Row] = []
     for processes in _PROCESSES[:2] if options.quick else _PROCESSES:
-        rows += measured(processes, 3 if options.quick else 40)
+        rows += measured(processes, options.quick)
         write_rows(options.out / "workers.csv", rows)
     for row in rows:
         print(*row.values(), sep="  ")
