@@ -108,6 +108,7 @@ def test_checkpoints_in_checkpoints(towers: tuple[Tower, list[Tensor]], inner: b
 
 
 @settings
+@pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT:FutureWarning")
 @pytest.mark.parametrize("variant", list(CheckpointImpl), ids=lambda variant: variant.name.lower())
 def test_the_wrapper_of_fsdp(towers: tuple[Tower, list[Tensor]], variant: CheckpointImpl) -> None:
     tower, expected = towers

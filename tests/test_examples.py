@@ -115,3 +115,16 @@ def test_numbers_of_the_page_are_those_of_the_tables() -> None:
         for mode, name in (("training mode", "train"), ("evaluation", "eval")):
             expected = [spread(late_means(measured, norm, f"{column}_{name}", 4_000 * 2 / 3), 2) for norm in LABELS]
             assert cells[f"{label}, {mode}"] == expected
+
+
+def test_numbers_of_the_recurrent_page_are_those_of_the_table() -> None:
+    found = table(EXAMPLES / "results" / "recurrent.csv")
+    lines = [line.split("|")[1:-1] for line in (ROOT / "docs" / "recurrent.md").read_text().splitlines()]
+    cells = [[cell.strip() for cell in line] for line in lines if len(line) == 5 and line[0].strip()[:2] == "0."]
+    assert len(cells) == 9
+    for rate, method, *columns in cells:
+        for step, cell in zip(("800", "2000", "4000"), columns, strict=True):
+            wanted = {"learning_rate": rate, "method": method, "step": step}
+            values = [float(row["test_accuracy"]) for row in found if wanted.items() <= row.items()]
+            assert len(values) == 3
+            assert cell == f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"

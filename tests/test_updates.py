@@ -234,7 +234,7 @@ def test_a_model_without_a_layer_of_ours_is_warned_about_if_it_has_torch_s(
     with pytest.warns(UserWarning, match="torch's batch norm layers go on as ever") as caught, block(nn.BatchNorm1d(3)):
         pass
     assert caught[0].filename == __file__
-    with block(nn.Identity()):
+    with block(nn.Identity()), block(nn.BatchNorm1d(3).eval()):
         pass
 
 

@@ -39,7 +39,7 @@ def accumulate(*models: nn.Module) -> Iterator[None]:
         TypeError: an argument is no module.
 
     Warns:
-        UserWarning: there is no layer of renorm, but torch's batch norm, which goes on as ever.
+        UserWarning: there is no layer of renorm, but torch's batch norm in training mode, which goes on as ever.
 
     Source:
         Ioffe 2017, section 4.2: statistics over microbatches of 4, one gradient of 32.
@@ -86,7 +86,7 @@ def freeze(*models: nn.Module, statistics: Statistics = "batch") -> Iterator[Non
         ValueError: `statistics` is neither.
 
     Warns:
-        UserWarning: there is no layer of renorm, but torch's batch norm, which goes on as ever.
+        UserWarning: there is no layer of renorm, but torch's batch norm in training mode, which goes on as ever.
 
     Example:
         >>> import torch, renorm
@@ -109,7 +109,7 @@ def _tracking_layers(models: tuple[nn.Module, ...]) -> list[Norm]:
             raise TypeError(f"models must be modules, one by one, got {type(model).__name__}")
     modules = dict.fromkeys(module for model in models for module in model.modules())
     layers = [module for module in modules if isinstance(module, Norm)]
-    if not layers and any(isinstance(module, _BatchNorm) for module in modules):
+    if not layers and any(isinstance(module, _BatchNorm) and module.training for module in modules):
         warnings.warn("torch's batch norm layers go on as ever; renorm.convert(model, renorm.BatchNorm) makes them "
                       "renorm's", stacklevel=4)  # fmt: skip
     return [layer for layer in layers if layer.track_running_stats]
