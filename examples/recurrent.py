@@ -7,8 +7,7 @@ needs torchvision. Writes recurrent.csv and recurrent.png.
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
@@ -17,10 +16,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import renorm
+from common import positive, replace_file, save_csv
 
 # colours of Okabe and Ito, which colour-blind readers tell apart
 STYLES = {"nn.LSTM": ("#000000", ":"), "batch norm per step": ("#D55E00", "--"), "BatchRenormLSTM": ("#0072B2", "-")}
-HIDDEN = 32
+HIDDEN, EVALUATIONS = 32, 20
 Data = tuple[Tensor, Tensor, Tensor, Tensor]  # rows (N, T, I) and labels to train with, rows and labels to test with
 Points = dict[tuple[int, float, str, int], float]  # test accuracy in % by seed, learning rate, method and step
 
@@ -75,13 +75,14 @@ def train(model: nn.Module, data: Data, rate: float, total_steps: int, batch_siz
     """Train with Adam; yields step and test accuracy in %, twenty times."""
     train_x, train_y, test_x, test_y = data
     optimizer = torch.optim.Adam(model.parameters(), rate)
+    evaluate_at = {round(total_steps * (k + 1) / EVALUATIONS) for k in range(EVALUATIONS)}
     for step in range(1, total_steps + 1):
         chosen = torch.randint(len(train_x), (batch_size,))
         loss = nn.functional.cross_entropy(model(train_x[chosen]), train_y[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % (total_steps // 20) == 0:
+        if step in evaluate_at:
             model.eval()
             with torch.no_grad():
                 yield step, 100 * (model(test_x).argmax(1) == test_y).float().mean().item()
@@ -124,23 +125,26 @@ def draw(points: Points, title: str) -> Figure:
     return figure
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that nobody ever sees half of it."""
-    temporary = path.with_name(f".{path.name}.part")
-    write(temporary)
-    os.replace(temporary, path)
+def save(folder: Path, name: str, points: Points, title: str) -> None:
+    """Write table and picture."""
+    rows = [(*key, round(value, 2)) for key, value in points.items()]
+    save_csv(folder / f"{name}.csv", ("seed", "learning_rate", "method", "step", "test_accuracy"), rows)
+    replace_file(folder / f"{name}.png", lambda path: draw(points, title).savefig(path, format="png", dpi=150))
 
 
 def main() -> None:
     """Train, print a table, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", choices=("digits", "fashion_mnist"), default="digits")
-    parser.add_argument("--steps", type=int, default=4_000)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=positive, default=4_000)
+    parser.add_argument("--batch-size", type=positive, default=4)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.002, 0.005, 0.01])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    title = f"{args.data}, row by row, batches of {args.batch_size} (mean of {args.seeds} seeds, band: their range)"
+    stem = "recurrent" if args.data == "digits" else f"recurrent-{args.data}"
     torch.set_num_threads(1)  # small matrices: more threads only wait for each other
     data = load(args.data)
     rows, features = data[0].shape[1:]
@@ -155,17 +159,11 @@ def main() -> None:
                 model = Classifier(method, rows, features, args.steps)
                 curves.append(dict(train(model, data, rate, args.steps, args.batch_size)))
                 points |= {(seed, rate, method, step): accuracy for step, accuracy in curves[-1].items()}
-            cells = [[list(curve.values())[at] for curve in curves] for at in (3, -1)]
+            cells = [[list(curve.values())[at] for curve in curves] for at in (len(curves[0]) // 5 - 1, -1)]
             print(f"  {method:20}", *(f"{mean(cell):6.1f} {[round(x, 1) for x in cell]}" for cell in cells), flush=True)
             ends[method] = mean(cells[1])
         print(f"  best at the end: {max(ends, key=ends.__getitem__)}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines = [f"{seed},{rate},{method},{step},{value:.2f}" for (seed, rate, method, step), value in points.items()]
-    table = "\n".join(["seed,learning_rate,method,step,test_accuracy", *lines, ""])
-    title = f"{args.data}, row by row, batches of {args.batch_size} (mean of {args.seeds} seeds, band: their range)"
-    stem = "recurrent" if args.data == "digits" else f"recurrent-{args.data}"
-    replace_file(args.out / f"{stem}.csv", lambda path: path.write_text(table))
-    replace_file(args.out / f"{stem}.png", lambda path: draw(points, title).savefig(path, format="png", dpi=150))
+        save(args.out, stem, points, title)  # an interrupted run keeps what it has
 
 
 if __name__ == "__main__":

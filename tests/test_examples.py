@@ -62,12 +62,24 @@ def test_gan_writes_table_and_picture(tmp_path: Path) -> None:
     assert all(0 <= float(row["accuracy_eval"]) <= 1 and float(row["distance_eval"]) > 0 for row in rows)
 
 
+@pytest.mark.slow
+def test_recurrent_writes_table_and_picture(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    done = run("recurrent", "--steps", "30", "--seeds", "2", "--rates", "0.01", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = check_files(tmp_path, "recurrent")
+    assert {row["method"] for row in rows} == {"nn.LSTM", "batch norm per step", "BatchRenormLSTM"}
+    assert all(0 <= float(row["test_accuracy"]) <= 100 for row in rows)
+    assert len(rows) == 3 * 2 * 20
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("crossq", ["--steps", "0"], "must be at least 1, got 0"),
         ("crossq", ["--env", "CartPole-v1"], "must be vectors of real numbers, got Discrete(2)"),
         ("crossq", ["--env", "Nowhere-v0"], "--env Nowhere-v0: "),
+        ("recurrent", ["--steps", "0"], "must be at least 1, got 0"),
         ("gan", ["--norm", "layer"], "invalid choice: 'layer'"),
     ],
 )

@@ -62,6 +62,22 @@ def test_micro_batches_move_the_statistics_once_as_groups_of_one_batch(options: 
     assert layer.num_batches_tracked == 3
 
 
+def test_the_paper_s_fifty_workers_in_one_process() -> None:
+    """50 microbatches of 32, each with statistics over 4 examples, against one batch of 1,600."""
+    options: dict[str, Any] = {"limits": LIMITS, "tracking": "std", "examples_per_group": 4}
+    workers, whole = renorm.Norm(3, **options), renorm.Norm(3, **options)
+    for _ in range(2):
+        x = torch.randn(1_600, 3, requires_grad=True)
+        with renorm.accumulate(workers):
+            y = torch.cat([workers(part) for part in x.split(32)])
+        expected = whole(x)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        gradients = (torch.autograd.grad(out.square().sum(), (x, layer.weight)) for out, layer in
+                     ((y, workers), (expected, whole)))  # fmt: skip
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(buffers(workers), buffers(whole), rtol=1e-5, atol=1e-6)
+
+
 def test_micro_batches_of_unequal_size_weigh_by_their_count() -> None:
     layer = renorm.Norm(2, momentum=1.0, tracking="total")
     sizes = [3, 1, 7]
