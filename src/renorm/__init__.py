@@ -2,6 +2,7 @@
 
 from . import functional, samplers
 from .convert import ConversionReport, convert, to_batchnorm
+from .inference.estimate import estimate
 from .layers import (
     BatchGroupNorm,
     BatchGroupNorm1d,
@@ -54,6 +55,7 @@ __all__ = [
     "Norm",
     "accumulate",
     "convert",
+    "estimate",
     "freeze",
     "functional",
     "joinables",

@@ -306,6 +306,14 @@ def sharded(sync: str | None, checkpointed: bool = False) -> dict[str, Any]:
     return {"parameters": parameters, "buffers": buffers(network), "outputs": outputs}
 
 
+def estimated() -> list[Tensor]:
+    """Statistics re-estimated from this worker's share of the data."""
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), layer({"sync": "running"}))
+    torch.manual_seed(0)
+    renorm.estimate(model, batch(12)["x"][shares([5, 7])].split(3))
+    return buffers(model[0])
+
+
 def missing(sync: str) -> tuple[str, float]:
     """A worker that does not come to the collective: the error of the others, and after how many seconds."""
     network = renorm.synchronize(Network(limits=LIMITS), sync)

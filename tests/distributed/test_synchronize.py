@@ -228,6 +228,14 @@ def test_one_batch_in_other_precisions_and_layouts(two: Crew, dtype: torch.dtype
     torch.testing.assert_close(found[0][1][0].double(), layer.running_mean, rtol=1e-3, atol=1e-3)
 
 
+def test_statistics_are_estimated_over_all_workers(two: Crew) -> None:
+    found = two.run(cases.estimated)
+    assert_identical(found)
+    x = cases.batch(12)["x"].movedim(1, -1).flatten(0, -2)
+    assert_close(found[0][0], x.mean(0))
+    assert_close(found[0][1], x.var(0))
+
+
 def test_a_copy_has_collectives_of_its_own(two: Crew) -> None:
     found = two.run(cases.copied)
     for model in range(2):

@@ -1,0 +1,143 @@
+"""Running statistics anew, from data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..moments import Moments
+from ..norm import Norm
+from ..occasions import Accumulation
+from ..ops.statistics import center
+from ..tracking import update_running
+from ..workers.group import Workers
+from ..workers.sums import Rule, from_sums, to_sums
+from .passes import Forward, forward, modes
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def estimate(model: nn.Module, loader: Iterable[Any], *, forward: Forward = forward) -> nn.Module:
+    """Replace the running statistics of a model's norm layers by those of a data set, in place.
+
+    One pass in which the norm layers normalize by their batches, as in training, and everything else is as at
+    evaluation (no dropout). A layer's moments are merged over all batches by their counts, as its tracking rule says:
+    population mean and variance for nn.BatchNorm, "var" and "total"; for "std" the mean over batches of the standard
+    deviation. With torch.distributed initialized, over all processes. Weights, modes, momentum and
+    `num_batches_tracked`, so also limits, stay as they are; after an error the statistics too.
+
+    For weights that no training has normalized with (averaged, pruned, quantized ones), for data of another
+    distribution, and instead of torch.optim.swa_utils.update_bn.
+
+    Args:
+        model: with layers of renorm, nn.BatchNorm or its subclasses; may be wrapped in DDP.
+        loader: batches, as they should be normalized: of the training's size and mix. See `forward`.
+        forward: called with model and batch. By default a batch is the model's input, or begins with it, or is a
+            mapping of its arguments.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: a batch is none of these.
+        ValueError: the model has no layer with running statistics, or no batch reached one.
+
+    Warns:
+        UserWarning: batches were left out because their moments were not finite, or a layer saw none.
+
+    Source:
+        Summers & Dinneen 2020, appendix C, for what it does not do: better statistics of the same data gain nothing.
+
+    Example:
+        >>> import renorm
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        >>> data = torch.randn(100, 3)
+        >>> model = estimate(model, data.split(20))
+        >>> torch.allclose(model[1].running_mean, model[0](data).mean(0), atol=1e-5)
+        True
+    """
+    layers = {name: module for name, module in model.named_modules() if _tracks(module)}
+    if not layers:
+        raise ValueError("model has no norm layer with running statistics")
+    rules = [_rule(layer) for layer in layers.values()]
+    device = next(iter(layers.values())).running_mean.device
+    total = torch.zeros_like(to_sums(rules, [[] for _ in rules], device))
+    with torch.no_grad(), modes(model, set(layers.values())), _watched(list(layers.values())) as seen:
+        for batch in loader:
+            forward(model, batch)
+            total += to_sums(rules, seen, device)
+            for batches in seen:
+                batches.clear()
+    if Workers().number > 1:
+        total = Workers().sum(total)
+    _write(layers, rules, total)
+    return model
+
+
+def _tracks(module: nn.Module) -> bool:
+    return isinstance(module, (Norm, _BatchNorm)) and module.running_mean is not None
+
+
+def _rule(layer: Any) -> Rule:
+    return layer.rule if isinstance(layer, Norm) else Rule(layer.num_features, "var", 1, layer.eps)
+
+
+@contextmanager
+def _watched(layers: list[Any]) -> Iterator[list[list[Moments]]]:
+    """Yield a list for each layer that gets the moments of its batches, while its buffers stay as they were."""
+    blocks = [Accumulation() for _ in layers]
+    handles, buffers = [], []
+    try:
+        for layer, block in zip(layers, blocks, strict=True):
+            if isinstance(layer, Norm):
+                layer.blocks = (*layer.blocks, block)
+                continue
+            buffers.append((layer, {name: getattr(layer, name).clone() for name in _BUFFERS}))
+            handles.append(layer.register_forward_pre_hook(_noting(block), with_kwargs=True))
+        yield [block.batches for block in blocks]
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, kept in buffers:
+            for name, buffer in kept.items():
+                getattr(layer, name).copy_(buffer)
+        for layer, block in zip(layers, blocks, strict=True):
+            if isinstance(layer, Norm):
+                layer.blocks = tuple(other for other in layer.blocks if other is not block)
+
+
+def _noting(block: Accumulation) -> Any:
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        x = inputs[0] if inputs else named["input"]
+        if x.numel() > 0:
+            block.batches.append(center(x[None], None)[2])
+
+    return hook
+
+
+def _write(layers: dict[str, Any], rules: list[Rule], total: Tensor) -> None:
+    found, left_out = from_sums(total, rules, [layer.running_var for layer in layers.values()])
+    counts = [float(moments.count) for moments in found]
+    unseen = [name or "(root)" for name, count in zip(layers, counts, strict=True) if count == 0]
+    if len(unseen) == len(layers):
+        raise ValueError("loader gave no batch with finite moments: running statistics are as they were")
+    if unseen:
+        warnings.warn(f"no finite batch reached {', '.join(unseen)}, whose statistics are as they were", stacklevel=3)
+    if any(int(number) for number in left_out):
+        most = max(int(number) for number in left_out)
+        warnings.warn(f"{most} batches were left out because their moments were not finite", stacklevel=3)
+    for layer, rule, moments, count in zip(layers.values(), rules, found, counts, strict=True):
+        if count == 0:
+            continue
+        mean, var = update_running(
+            layer.running_mean, layer.running_var, moments,
+            momentum=1.0, tracking=rule.tracking, channels_per_group=rule.channels_per_group, eps=rule.eps,
+        )  # fmt: skip
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(var)
