@@ -3,6 +3,7 @@
 from . import functional, samplers
 from .convert import ConversionReport, convert, to_batchnorm
 from .inference.estimate import estimate
+from .inference.weigh import Weighing, weigh
 from .layers import (
     BatchGroupNorm,
     BatchGroupNorm1d,
@@ -53,6 +54,7 @@ __all__ = [
     "Limits",
     "Moments",
     "Norm",
+    "Weighing",
     "accumulate",
     "convert",
     "estimate",
@@ -62,4 +64,5 @@ __all__ = [
     "samplers",
     "synchronize",
     "to_batchnorm",
+    "weigh",
 ]

@@ -100,7 +100,7 @@ def test_damaged_results_are_named(noniid: NonIid):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_process_leaves_finished_runs_and_no_worker(tmp_path: Path, number: signal.Signals):
     out = tmp_path / "out"
-    arguments = ["run", "noniid", "--seeds=3", "--steps=300", "--methods=[batch_norm]", f"--out={out}"]
+    arguments = ["run", "noniid", "--seeds=3", "--steps=1500", "--methods=[batch_norm]", f"--out={out}"]
     process = subprocess.Popen([sys.executable, "-m", "renorm.lab", *arguments, "--workers=2"], start_new_session=True)
     deadline = time.monotonic() + 120
     while not (out / "results.csv").exists() and time.monotonic() < deadline:
