@@ -264,7 +264,7 @@ def with_a_hook(tower: Tower, x: Tensor) -> Tensor:
 
 def test_an_unknown_recomputation_is_refused_where_the_statistics_matter() -> None:
     tower = Tower(limits=LIMITS)
-    with pytest.raises(RuntimeError, match=r"inside a backward pass .*`with renorm.accumulate\(model\):`"):
+    with pytest.raises(RuntimeError, match=r"inside a backward pass, .*`with renorm.accumulate\(model\):`"):
         with_a_hook(tower, torch.randn(6, 5)).sum().backward()
     assert all(layer.num_batches_tracked <= 2 for layer in tower.modules() if isinstance(layer, renorm.Norm))
 
@@ -298,6 +298,23 @@ def test_what_a_region_saw_is_forgotten_with_its_graph() -> None:
     del y
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_functions_called_forward_may_do_what_they_like_with_their_arguments(checkpointed: bool) -> None:
+    layer = renorm.BatchRenorm1d(5)
+
+    def forward(x: Tensor) -> Tensor:
+        h = x * 2
+        del x
+        return layer(h)
+
+    x = torch.randn(6, 5, requires_grad=True)
+    with torch.no_grad():
+        forward(x)
+    if checkpointed:
+        checkpoint(forward, x, use_reentrant=True).sum().backward()
+    assert layer.num_batches_tracked == 1 + checkpointed
 
 
 def test_hooks_that_are_no_checkpoint_change_nothing() -> None:

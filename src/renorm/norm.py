@@ -15,7 +15,7 @@ from .checks import check_channels, check_example_weight
 from .grouping import Grouping
 from .limits import Limits
 from .moments import Moments
-from .occasions import Occasion, counts, occasion_of
+from .occasions import Occasion, occasion_of
 from .ops.normalize import suits_kernels
 from .ops.types import Running
 from .step import correction, train
@@ -231,30 +231,32 @@ class Norm(Tracked):
             return self._evaluate_frozen(x, mask, residual, act, occasion)
         running = correction(x, occasion.state, self.limits, suits_kernels(x, residual))
         if self.sync == "batch":
-            y, moments = self._normalize_shared(x, mask, residual, act, running)
+            y, *batches = self._normalize_shared(x, mask, residual, act, running)
         else:
-            y, moments = F.normalize_batch(
+            y, *batches = F.normalize_batch(
                 x, self.weight, self.bias, mask, running, self.grouping, self.eps, residual, act
             )
         if occasion.moves:
-            self.commit([moments])
+            self.commit(batches)
         self._merge_after(y, occasion)
         return y
 
     def _normalize_shared(
         self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None, running: Running | None
-    ) -> tuple[Tensor, Moments]:
+    ) -> tuple[Tensor, Moments, Moments]:
+        """The output, the moments, and a batch of no elements that is not finite if a worker was left out."""
         y, moments, left_out = normalize_over_workers(
             x, self.weight, self.bias, mask, residual, running, self.channels_per_group, self.eps, act, self.workers
         )
-        if self.track_running_stats and counts(self.blocks):
-            self.num_batches_skipped.add_(left_out)
-        return y, moments
+        nothing = torch.zeros_like(moments.mean)
+        return y, moments, Moments(nothing.masked_fill(left_out > 0, torch.nan), nothing, nothing[:, :1])
 
     def _merge_after(self, y: Tensor, occasion: Occasion) -> None:
         pool = self.merging_pool()
         if pool is None:
             return
+        if y.requires_grad or occasion.in_checkpoint:
+            pool.expect_backward()
         if y.requires_grad:
             y.register_hook(pool.merge_in_backward)
         elif occasion.moves and not (torch.is_grad_enabled() or occasion.in_checkpoint or self.blocks):

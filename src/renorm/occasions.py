@@ -1,4 +1,13 @@
-"""What a training forward normalizes by, and whether its batch moves the running statistics."""
+"""What a training forward normalizes by, and whether its batch moves the running statistics.
+
+| forward | normalizes by | its batch moves the statistics |
+|---|---|---|
+| ordinary | the batch, corrected towards the state | at once |
+| in `accumulate` | the same | at the end of the block |
+| in `freeze` | the same, or the state itself | never |
+| first in a checkpoint | the same, which it leaves with the checkpoint | as without |
+| recomputed | what its first forward left | never |
+"""
 
 from __future__ import annotations
 
@@ -82,9 +91,9 @@ def occasion_of(layer: Hashable, state: RunningState, blocks: Blocks, sees_state
         seen = _in_blocks(state, blocks)  # the state has not moved, or does not matter
     if seen is None:
         raise RuntimeError(
-            f"{type(layer).__name__} is called inside a backward pass by something other than torch.utils.checkpoint, "
-            "and its running statistics may have moved since the forward: wrap forward and backward of the step in "
-            "`with renorm.accumulate(model):`"
+            f"{type(layer).__name__} is called inside a backward pass, but not by a checkpoint (by a tensor's hook, "
+            "say), and its running statistics may have moved since the forward: wrap forward and backward of the step "
+            "in `with renorm.accumulate(model):`"
         )
     occasion = seen._replace(moves=False, in_checkpoint=False)
     _recorded(layer, occasion, sees_state)  # checkpoints inside the checkpoint start anew

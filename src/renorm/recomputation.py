@@ -77,6 +77,8 @@ def recomputed() -> tuple[Recording[Any], Hashable] | None:
     Returns:
         Its recording and a name for this recomputation; None outside of torch.utils.checkpoint's.
     """
+    if not is_backward() and _top_hooks(True) is None:
+        return None
     for frame in _stack():
         owner = _context(frame, "backward") or _frame_of_unpacking(frame)
         if owner is not None:
@@ -127,9 +129,10 @@ def _stack() -> Iterator[FrameType]:
 def _context(frame: FrameType, method: str) -> Any:
     """The context of an autograd.Function's method, torch's reentrant checkpoint or another's."""
     code = frame.f_code
-    if code.co_name != method or not code.co_argcount:
+    # not a module's method; to read the variables of a frame costs, and keeps them
+    if code.co_name != method or not code.co_argcount or code.co_varnames[0] == "self":
         return None
-    first: Any = frame.f_locals[code.co_varnames[0]]
+    first: Any = frame.f_locals.get(code.co_varnames[0])
     return first if isinstance(first, torch.autograd.function.BackwardCFunction) else None
 
 

@@ -55,9 +55,11 @@ def synchronize(
     """
     if ranks_per_group is not None and sync != "batch":
         raise ValueError(f"ranks_per_group is for sync='batch', got sync={sync!r}, ranks_per_group={ranks_per_group}")
-    layers = [module for module in model.modules() if isinstance(module, Norm)]
-    if sync == "running":
-        layers = [layer for layer in layers if layer.track_running_stats]
+    named = {name: module for name, module in model.named_modules() if isinstance(module, Norm)}
+    layers = [layer for layer in named.values() if layer.track_running_stats or sync != "running"]
+    for name, layer in named.items():
+        if layer in layers:
+            _check(name, layer, sync)
     workers = Workers(process_group)
     merges = sync == "running" or ranks_per_group is not None
     pool = Pool(workers, [layer for layer in layers if layer.track_running_stats]) if merges else None
@@ -73,6 +75,9 @@ def joinables(model: nn.Module) -> list[Any]:
     Args:
         model: synchronized by `synchronize` or `convert`.
 
+    Raises:
+        ValueError: layers were constructed with `sync="running"`, and belong to no model's collective.
+
     Returns:
         Joinables, to be listed after the DDP module: `with Join([ddp, *renorm.joinables(model)]):`.
 
@@ -83,8 +88,17 @@ def joinables(model: nn.Module) -> list[Any]:
     """
     from .workers.joining import JoinablePool
 
-    pools = (module.pool for module in model.modules() if isinstance(module, Norm))
-    return [JoinablePool(pool) for pool in dict.fromkeys(pools) if pool is not None]
+    layers = [module for module in model.modules() if isinstance(module, Norm)]
+    if any(layer.sync == "running" and layer.pool is None for layer in layers):
+        raise ValueError('layers constructed with sync="running" need renorm.synchronize(model, "running") first')
+    return [JoinablePool(pool) for pool in dict.fromkeys(layer.pool for layer in layers) if pool is not None]
+
+
+def _check(name: str, layer: Norm, sync: Sync | None) -> None:
+    try:
+        layer.check_sync(sync)
+    except ValueError as error:
+        raise ValueError(f"cannot synchronize {name or 'the root'!r}: {error}") from error
 
 
 def _groups_of(ranks: int, workers: Workers) -> Workers:

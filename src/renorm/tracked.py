@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -17,6 +18,7 @@ from .workers.running import Pool, pool_of
 from .workers.sums import Rule
 
 Sync = Literal["running", "batch"]
+_serials = count()
 _STATISTICS = ("running_mean", "running_var")
 _STATE = (*_STATISTICS, "num_batches_tracked", "num_batches_skipped")
 
@@ -41,6 +43,7 @@ class Tracked(nn.Module):
 
     blocks: Blocks = ()  # of `renorm.accumulate` and `renorm.freeze`, from the outermost
     sync: Sync | None
+    serial: int
     workers: Workers  # that share a batch's statistics, or merge the running ones
     pool: Pool | None = None  # of the model, with which running statistics are merged
 
@@ -79,6 +82,19 @@ class Tracked(nn.Module):
         Raises:
             ValueError: `sync` is something else, or does not suit the layer.
         """
+        self.check_sync(sync)
+        self.serial = next(_serials)
+        self.sync, self.workers, self.pool = sync, workers, pool
+
+    def check_sync(self, sync: object) -> None:
+        """Refuse what the layer cannot have in common with others.
+
+        Args:
+            sync: as of `synchronize`.
+
+        Raises:
+            ValueError: it is something else, or does not suit the layer.
+        """
         if sync not in (None, *get_args(Sync)):
             raise ValueError(f"sync must be None, 'running' or 'batch', got {sync!r}")
         if sync == "running" and not self.track_running_stats:
@@ -89,7 +105,6 @@ class Tracked(nn.Module):
                 "one (renorm.synchronize has ranks_per_group for groups of workers; sync='running' keeps groups "
                 f"within a worker), got examples_per_group={self.grouping.examples_per_group}"
             )
-        self.sync, self.workers, self.pool = sync, workers, pool
 
     def reset_running_stats(self) -> None:
         """Forget every batch: mean 0, variance 1, step 0."""
@@ -148,7 +163,7 @@ class Tracked(nn.Module):
     @property
     def rule(self) -> Rule:
         """Which sums over workers the running statistics need."""
-        return Rule(self.num_features, self.tracking, self.grouping.channels_per_group, self.eps)
+        return Rule(self.num_features, self.tracking, self.grouping.channels_per_group, float(self.eps))
 
     def commit_merged(self, moments: Moments, left_out: Tensor) -> None:
         """Move the running statistics once, by the batches of all workers.
@@ -187,6 +202,11 @@ class Tracked(nn.Module):
                 if loaded is not None:  # load_state_dict(assign=True) would take over half precision
                     state_dict[prefix + name] = loaded.to(torch.promote_types(loaded.dtype, torch.float32))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.pool is not None:
+            self.pool.register(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies are outside of the blocks, which would never end for them.

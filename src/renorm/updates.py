@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .norm import Norm
 from .occasions import Accumulation, Frozen, Statistics
+from .recomputation import is_backward
 
 
 @contextmanager
@@ -57,7 +58,8 @@ def accumulate(*models: nn.Module) -> Iterator[None]:
     with _pushed(pending):
         yield
     for layer, accumulation in pending.items():
-        layer.commit(accumulation.batches)
+        if accumulation.batches or not is_backward():  # a block inside a checkpoint is recomputed, without batches
+            layer.commit(accumulation.batches)
     for pool in dict.fromkeys(layer.merging_pool() for layer in pending):
         if pool is not None:
             pool.merge()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import time
 import warnings
 from typing import Any
@@ -312,6 +313,73 @@ def estimated() -> list[Tensor]:
     torch.manual_seed(0)
     renorm.estimate(model, batch(12)["x"][shares([5, 7])].split(3))
     return buffers(model[0])
+
+
+def in_another_order() -> list[Tensor]:
+    """Layers by hand that the ranks call in different orders."""
+    layers = [renorm.BatchNorm1d(2, sync="running", momentum=1.0) for _ in range(2)]
+    x = torch.randn(50, 2)
+    order = [0, 1] if dist.get_rank() == 0 else [1, 0]
+    sum(layers[i](x + 100 * i).sum() for i in order).backward()
+    return [layer.running_mean for layer in layers]
+
+
+def frozen_backbone() -> list[Tensor]:
+    """Layers without a gradient, in training mode: five steps, and a forward that shows where they have come to."""
+    backbone = nn.Sequential(nn.Linear(4, 4), renorm.BatchRenorm1d(4, limits=LIMITS)).requires_grad_(False)
+    model = renorm.synchronize(nn.Sequential(backbone, nn.Linear(4, 1)), "running")
+    for _ in range(6):
+        model(torch.randn(8, 4) + dist.get_rank()).sum().backward()
+    return buffers(model)
+
+
+def constant_channel() -> list[Tensor]:
+    """A channel that is constant and large: there is no variance to lose."""
+    model = renorm.BatchNorm1d(1, momentum=1.0)
+    renorm.synchronize(model, "running")
+    outputs = []
+    for value in (1_936_552.125, 123_456.789, 3e6):
+        x = torch.full((5 + 2 * dist.get_rank(), 1), value)
+        model(x).sum().backward()
+        outputs += [model.running_var.clone(), model.eval()(x).detach()]
+        model.train()
+    return outputs
+
+
+def left_out(how: str) -> list[int]:
+    """How many batches every layer says were left out, where the last rank's input is not finite."""
+    model = nn.Sequential(nn.Linear(4, 4), layer({"limits": LIMITS}), nn.Linear(4, 4))
+    renorm.synchronize(model, "batch", ranks_per_group=2 if how == "groups" else None)
+    x = torch.randn(5, 4, requires_grad=True)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        x = x * math.nan
+    if how == "failed block":
+        try:
+            with renorm.accumulate(model):
+                model(x)
+                raise ArithmeticError
+        except ArithmeticError:
+            return [int(model[1].num_batches_skipped)]
+    call = torch.utils.checkpoint.checkpoint if how == "checkpoint" else lambda model, x, **options: model(x)
+    call(model, x, use_reentrant=True).sum().backward()
+    return [int(model[1].num_batches_skipped)]
+
+
+def loaded_without_its_group() -> str:
+    """A layer that was synchronized within groups, pickled and loaded."""
+    model = renorm.synchronize(nn.Sequential(layer({})), "batch", ranks_per_group=2)
+    try:
+        pickle.loads(pickle.dumps(model))(batch()["x"])
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def with_integer_eps() -> list[Tensor]:
+    """Layers whose eps is the integer 0."""
+    model = renorm.synchronize(nn.Sequential(renorm.BatchNorm1d(3, eps=0), renorm.BatchRenorm1d(3)), "running")
+    model(torch.randn(8, 3) + dist.get_rank()).sum().backward()
+    return buffers(model)
 
 
 def missing(sync: str) -> tuple[str, float]:

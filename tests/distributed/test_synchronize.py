@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from functools import partial
 from typing import Any
 
@@ -236,6 +238,52 @@ def test_statistics_are_estimated_over_all_workers(two: Crew) -> None:
     assert_close(found[0][1], x.var(0))
 
 
+def test_ranks_may_call_layers_in_different_orders(two: Crew) -> None:
+    found = two.run(cases.in_another_order)
+    assert_identical(found)
+    assert found[0][0].abs().max() < 1
+    assert (found[0][1] - 100).abs().max() < 1
+
+
+def test_layers_without_a_gradient_move_with_the_next_forward(two: Crew) -> None:
+    found = two.run(cases.frozen_backbone)
+    assert_identical(found)
+    assert found[0][2] == 5
+
+
+def test_a_constant_channel_has_no_negative_variance(two: Crew) -> None:
+    for found in two.run(cases.constant_channel):
+        assert all(tensor.isfinite().all() for tensor in found)
+        assert all(var >= 0 for var in found[::2])
+
+
+@pytest.mark.parametrize(("how", "expected"), [("plain", 1), ("checkpoint", 1), ("failed block", 0)])
+def test_a_worker_that_is_left_out_counts_once(two: Crew, how: str, expected: int) -> None:
+    assert two.run(cases.left_out, how) == [[expected], [expected]]
+
+
+def test_all_ranks_count_what_a_group_left_out(four: Crew) -> None:
+    assert four.run(cases.left_out, "groups") == [[1]] * 4
+
+
+def test_a_file_keeps_no_process_group_and_says_so(four: Crew) -> None:
+    errors = four.run(cases.loaded_without_its_group)
+    assert all("call renorm.synchronize(model, ...) again" in error for error in errors)
+
+
+def test_an_integer_eps_is_a_number_like_any(two: Crew) -> None:
+    assert_identical(two.run(cases.with_integer_eps))
+
+
+def test_a_copy_of_a_layer_leaves_the_others_behind() -> None:
+    model = renorm.synchronize(torch.nn.Sequential(*(renorm.BatchNorm1d(1_000) for _ in range(20))), "running")
+    twin = copy.deepcopy(model[0])
+    assert twin.pool is not model[0].pool
+    assert len(pickle.dumps(model[0])) < 2 * len(pickle.dumps(renorm.BatchNorm1d(1_000)))
+    whole = pickle.loads(pickle.dumps(model))
+    assert all(layer.pool is whole[0].pool for layer in whole)
+
+
 def test_a_copy_has_collectives_of_its_own(two: Crew) -> None:
     found = two.run(cases.copied)
     for model in range(2):
@@ -270,6 +318,12 @@ def test_what_cannot_be_synchronized_is_refused() -> None:
         renorm.synchronize(renorm.BatchNorm1d(3), "running", ranks_per_group=2)
     with pytest.raises(ValueError, match=r"examples_per_group cuts it into groups.*got examples_per_group=2"):
         renorm.GhostBatchNorm1d(3, 2, sync="batch")
+    model = torch.nn.Sequential(renorm.BatchRenorm1d(3), renorm.BatchRenorm1d(3, examples_per_group=2))
+    with pytest.raises(ValueError, match=r"cannot synchronize '1': sync='batch' takes one batch"):
+        renorm.synchronize(model, "batch")
+    assert model[0].sync is None
+    with pytest.raises(ValueError, match=r"need renorm\.synchronize"):
+        renorm.joinables(renorm.BatchNorm1d(3, sync="running"))
     with pytest.raises(ValueError, match="track_running_stats must be True"):
         renorm.BatchNorm1d(3, track_running_stats=False, sync="running")
 

@@ -85,7 +85,7 @@ def _tracks(module: nn.Module) -> bool:
 
 
 def _rule(layer: Any) -> Rule:
-    return layer.rule if isinstance(layer, Norm) else Rule(layer.num_features, "var", 1, layer.eps)
+    return layer.rule if isinstance(layer, Norm) else Rule(layer.num_features, "var", 1, float(layer.eps))
 
 
 @contextmanager

@@ -15,8 +15,11 @@ from torch import distributed as dist
 _own: WeakKeyDictionary[Any, ref[Any]] = WeakKeyDictionary()
 
 
+_LOST = "lost"  # the group of what was pickled: it is known to its own process only
+
+
 class Workers:
-    """A process group, or all processes. Copies of a layer keep it; what is pickled has all processes again.
+    """A process group, or all processes. Copies of a layer keep it; what is pickled has lost all but the latter.
 
     Args:
         group: of torch.distributed; None for all processes.
@@ -28,14 +31,19 @@ class Workers:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
-    def __reduce__(self) -> tuple[type[Workers], tuple[()]]:
-        return Workers, ()  # a process group is known to its own process only
+    def __reduce__(self) -> tuple[type[Workers], tuple[str | None]]:
+        return Workers, (None if self.group is None else _LOST,)
 
     @property
     def number(self) -> int:
         """How many there are, 1 as long as torch.distributed is not initialized."""
         if not (dist.is_available() and dist.is_initialized()):
             return 1
+        if self.group == _LOST:
+            raise RuntimeError(
+                "this layer was synchronized within a process group, which no file can keep: call "
+                "renorm.synchronize(model, ...) again"
+            )
         return dist.get_world_size(self.group)
 
     @property

@@ -19,6 +19,7 @@ class Member(Protocol):
     """What a pool knows of a layer."""
 
     running_var: Tensor
+    serial: int  # equal on all workers, where layers are constructed in the same order
 
     @property
     def rule(self) -> Rule:
@@ -44,8 +45,9 @@ class Pool:
 
     def __init__(self, workers: Workers, members: Sequence[Member] | None = None) -> None:
         self.workers = workers
-        self._members = members
-        self._pending: dict[Member, list[Moments]] = {}
+        self._members = None if members is None else list(members)
+        self._pending: WeakKeyDictionary[Member, list[Moments]] = WeakKeyDictionary()
+        self._backward_comes = False
         self._under_way: tuple[Sequence[Member], Tensor, Any] | None = None
 
     def add(self, member: Member, batches: Iterable[Moments]) -> None:
@@ -55,9 +57,24 @@ class Pool:
             member: the layer.
             batches: moments of each batch.
         """
+        if member in self._pending and not self._backward_comes:
+            self.merge()  # of forwards without gradients
         if self.announce is not None and not self._pending:
             self.announce()
         self._pending.setdefault(member, []).extend(batches)
+
+    def register(self, member: Member) -> None:
+        """Take in a copy of a layer.
+
+        Args:
+            member: the copy.
+        """
+        if self._members is not None:
+            self._members.append(member)
+
+    def expect_backward(self) -> None:
+        """What is pending will be merged by a backward pass."""
+        self._backward_comes = True
 
     def merge_in_backward(self, gradient: Tensor) -> None:
         """A gradient's hook: start the collective, and move the statistics when the backward pass ends.
@@ -91,11 +108,12 @@ class Pool:
         return self._all()[0].running_var.device
 
     def _all(self) -> Sequence[Member]:
-        return self._members or list(self._pending)
+        return sorted(self._pending, key=lambda member: member.serial) if self._members is None else self._members
 
     def _start(self, members: Sequence[Member]) -> None:
         self._finish()  # what a backward pass that failed has left
         batches = [self._pending.pop(member, []) for member in members]
+        self._backward_comes = False
         buffer = to_sums([member.rule for member in members], batches, members[0].running_var.device)
         self._under_way = members, buffer, self.workers.start_sum(buffer)
 
@@ -109,7 +127,12 @@ class Pool:
             member.commit_merged(moments, left_out)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_pending": {}, "_under_way": None, "announce": None}
+        # Layers that are copied or loaded register again.
+        members: list[Member] | None = None if self._members is None else []
+        return {"workers": self.workers, "_members": members}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["workers"], state["_members"])  # type: ignore[misc]
 
 
 _pools: WeakKeyDictionary[Any, Pool] = WeakKeyDictionary()

@@ -1,6 +1,6 @@
 """Moments of many layers as sums that workers can add, in a few operations for all layers together.
 
-float64, in which E[x^2] - E[x]^2 keeps what float32 statistics need.
+float64, in which E[x^2] - E[x]^2 errs by 1e-16 of E[x]^2: less than what float32 inputs can tell apart.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def from_sums(
     divisor = count.clamp(min=1)
     per_channel = divisor[places.layer]
     mean, second = sums[3 * number :].view(2, -1) / per_channel
-    var = torch.where(places.is_std, second.square() - places.eps, second - mean.square())
+    var = torch.where(places.is_std, second.square() - places.eps, second - mean.square()).clamp(min=0)
     # Single elements say nothing of a spread: what leaves the running variance as it is.
     still = torch.cat([running_var.to(sums.device) for running_var in running_vars]).double()
     unbiased = torch.where(places.is_var, still * (1 - 1 / per_channel), still)
