@@ -90,9 +90,9 @@ def is_backward() -> bool:
     """Whether this runs inside a backward pass, as only recomputations do.
 
     Returns:
-        True on the threads of a backward pass.
+        True on the threads of a backward pass; False while compiling, which knows of none.
     """
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _recording(owner: Any) -> Recording[Any]:

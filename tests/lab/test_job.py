@@ -100,8 +100,9 @@ def test_damaged_results_are_named(noniid: NonIid):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_process_leaves_finished_runs_and_no_worker(tmp_path: Path, number: signal.Signals):
     out = tmp_path / "out"
-    arguments = ["run", "noniid", "--seeds=3", "--steps=1500", "--methods=[batch_norm]", f"--out={out}"]
-    process = subprocess.Popen([sys.executable, "-m", "renorm.lab", *arguments, "--workers=2"], start_new_session=True)
+    arguments = ["run", "noniid", "--seeds=3", "--steps=300", "--methods=[batch_norm]", f"--out={out}"]
+    command = [sys.executable, "-m", "renorm.lab", *arguments, "--workers=2"]
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=hear_interrupts)
     deadline = time.monotonic() + 120
     while not (out / "results.csv").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -113,6 +114,11 @@ def test_stopped_process_leaves_finished_runs_and_no_worker(tmp_path: Path, numb
     assert not group_lives(process.pid)
     assert main([*arguments, "--workers=1"]) == 0
     assert len(rows(out)) == 6
+
+
+def hear_interrupts() -> None:
+    """What is started in the background of a script ignores them, and so does all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def group_lives(group: int) -> bool:
