@@ -11,6 +11,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from ..limits import Limits
+from ..norm import Norm
 from ..tracking import Tracking
 from ..updates import accumulate
 from .cells import Cell, GRUCell, LSTMCell, NormOptions, State
@@ -99,7 +100,7 @@ class _Recurrent(nn.Module):
         check_state(state, shape, self._cell.states)
         if mask is not None:  # by selection: the gradient of the weights is a product with x, and 0 * NaN is NaN
             x = torch.where(mask[..., None], x, 0)
-        with accumulate(self):
+        with accumulate(*(module for module in self.modules() if isinstance(module, Norm))):
             return self._run_layers(x, state, mask)
 
     def _run_layers(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
