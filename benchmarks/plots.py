@@ -10,7 +10,7 @@ from statistics import geometric_mean
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 import contenders as c
 from csvfiles import Row, replace_file
@@ -64,7 +64,8 @@ def _draw_copies(axes: Axes, rows: list[Row], direction: str) -> None:
         axes.plot(*_trend(points), color=colour, marker=marker, markersize=4, linewidth=1.5, label=name)
     axes.set(xscale="log", yscale="log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_yticks((1, 2, 5, 10, 20, 50), ("1", "2", "5", "10", "20", "50"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
 
 
@@ -98,7 +99,8 @@ def plot_models(path: Path, models: list[Row]) -> None:
         places = np.arange(len(networks)) + (index - (len(contenders) - 1) / 2) * height
         axes.barh(places, speeds, height, color=_STYLES[name][0], label=name)
         for place, speed in zip(places, speeds, strict=True):
-            axes.text(speed + 0.01, place, f"{speed:.2f}", va="center", fontsize=8)
+            axes.text(speed + 0.01, place, f"{speed:.2f}", va="center", fontsize=8, zorder=3,
+                      bbox={"color": "white", "pad": 0.5})  # fmt: skip
     axes.axvline(1, color="black", linewidth=1, label=c.BATCH_NORM)
     axes.set_yticks(np.arange(len(networks)), networks)
     axes.invert_yaxis()

@@ -160,7 +160,9 @@ def test_statistics_are_the_merged_moments_of_all_counted_steps(cls: type[Recurr
     norm = rnn.cells[0].norm_ih
     torch.testing.assert_close(norm.running_mean, projected[mask].mean(0))
     if tracking == "std":  # the mean over steps of what each was divided by, weighted by count
-        sigma = torch.stack([(row[m].var(0, unbiased=False) + norm.eps).sqrt() for row, m in zip(projected, mask)])  # noqa: B905
+        sigma = torch.stack(
+            [(row[m].var(0, unbiased=False) + norm.eps).sqrt() for row, m in zip(projected, mask, strict=True)]
+        )
         share = mask.sum(1, keepdim=True) / mask.sum()
         torch.testing.assert_close(norm.running_var, (share * sigma).sum(0).square() - norm.eps)
     else:

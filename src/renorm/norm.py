@@ -199,57 +199,63 @@ class Norm(Tracked):
         self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None
     ) -> Tensor:
         eps = self.eps * 1.0  # the compiler must meet a float of the module outside autograd.Function first
-        if self.sync is not None and self.workers.number > 1:
-            y: Tensor = _in_eager_mode(self._normalize_among_workers, x, mask, residual, act)
+        has_workers = self.sync is not None and self.workers.number > 1
+        if not self.track_running_stats:
+            normalize = self._normalize_over_workers if has_workers else self._normalize_here
+            return normalize(x, mask, residual, act, None, eps)[0]
+        state = self._state()
+        occasion = occasion_of(self, state, self.blocks, sees_state=self.limits is not None)
+        if has_workers:
+            occasion = occasion or Occasion(state, "batch", moves=True)
+            y: Tensor = _in_eager_mode(self._normalize_apart, x, mask, residual, act, occasion, eps)
             return y
-        if not self.track_running_stats:
-            return F.normalize_batch(x, self.weight, self.bias, mask, None, self.grouping, eps, residual, act)[0]
-        state = self._state()
-        occasion = occasion_of(self, state, self.blocks, sees_state=self.limits is not None)
-        if occasion is None:
-            return train(
-                x, self.weight, self.bias, mask, residual, state, self.limits, self.grouping, eps, act,
-                self.tracking, self.momentum,
-            )  # fmt: skip
-        if occasion.statistics == "running":
-            return self._evaluate_frozen(x, mask, residual, act, occasion)
-        running = correction(x, occasion.state, self.limits, suits_kernels(x, residual))
-        y, moments = F.normalize_batch(x, self.weight, self.bias, mask, running, self.grouping, eps, residual, act)
-        if occasion.moves:
-            self.commit([moments])
-        return y
+        if occasion is not None:
+            return self._normalize_apart(x, mask, residual, act, occasion, eps)
+        return train(
+            x, self.weight, self.bias, mask, residual, state, self.limits, self.grouping, eps, act,
+            self.tracking, self.momentum,
+        )  # fmt: skip
 
-    def _normalize_among_workers(
-        self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None
+    def _normalize_apart(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        residual: Tensor | None,
+        act: Activation | None,
+        occasion: Occasion,
+        eps: float,
     ) -> Tensor:
-        if not self.track_running_stats:
-            return self._normalize_shared(x, mask, residual, act, None)[0]
-        state = self._state()
-        occasion = occasion_of(self, state, self.blocks, sees_state=self.limits is not None)
-        occasion = occasion or Occasion(state, "batch", moves=True)
+        """A training forward that is not the ordinary one: in a block, in a checkpoint, or with other workers."""
         if occasion.statistics == "running":
-            return self._evaluate_frozen(x, mask, residual, act, occasion)
+            # copies, since the buffers may move before the backward
+            mean, var = occasion.state.mean.clone(), occasion.state.var.clone()
+            return self._evaluate(x, mask, residual, act, mean, var)
         running = correction(x, occasion.state, self.limits, suits_kernels(x, residual))
-        if self.sync == "batch":
-            y, *batches = self._normalize_shared(x, mask, residual, act, running)
-        else:
-            y, *batches = F.normalize_batch(
-                x, self.weight, self.bias, mask, running, self.grouping, self.eps, residual, act
-            )
+        shares = self.sync == "batch" and self.workers.number > 1
+        normalize = self._normalize_over_workers if shares else self._normalize_here
+        y, batches = normalize(x, mask, residual, act, running, eps)
         if occasion.moves:
             self.commit(batches)
         self._merge_after(y, occasion)
         return y
 
-    def _normalize_shared(
-        self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None, running: Running | None
-    ) -> tuple[Tensor, Moments, Moments]:
-        """The output, the moments, and a batch of no elements that is not finite if a worker was left out."""
+    def _normalize_here(
+        self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None,
+        running: Running | None, eps: float,
+    ) -> tuple[Tensor, list[Moments]]:  # fmt: skip
+        y, moments = F.normalize_batch(x, self.weight, self.bias, mask, running, self.grouping, eps, residual, act)
+        return y, [moments]
+
+    def _normalize_over_workers(
+        self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None,
+        running: Running | None, eps: float,
+    ) -> tuple[Tensor, list[Moments]]:  # fmt: skip
+        """The output, and the moments, with a batch of no elements that is not finite if a worker was left out."""
         y, moments, left_out = normalize_over_workers(
-            x, self.weight, self.bias, mask, residual, running, self.channels_per_group, self.eps, act, self.workers
+            x, self.weight, self.bias, mask, residual, running, self.channels_per_group, eps, act, self.workers
         )
         nothing = torch.zeros_like(moments.mean)
-        return y, moments, Moments(nothing.masked_fill(left_out > 0, torch.nan), nothing, nothing[:, :1])
+        return y, [moments, Moments(nothing.masked_fill(left_out > 0, torch.nan), nothing, nothing[:, :1])]
 
     def _merge_after(self, y: Tensor, occasion: Occasion) -> None:
         pool = self.merging_pool()
@@ -261,12 +267,6 @@ class Norm(Tracked):
             y.register_hook(pool.merge_in_backward)
         elif occasion.moves and not (torch.is_grad_enabled() or occasion.in_checkpoint or self.blocks):
             pool.merge([self])  # no backward pass will come
-
-    def _evaluate_frozen(
-        self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None, occasion: Occasion
-    ) -> Tensor:
-        # copies, since the buffers may move before the backward
-        return self._evaluate(x, mask, residual, act, occasion.state.mean.clone(), occasion.state.var.clone())
 
     def extra_repr(self) -> str:
         """Settings, as far as they are not nn.BatchNorm's."""

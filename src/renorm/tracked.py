@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .grouping import Grouping
 from .moments import Moments
 from .occasions import Blocks, counts, innermost_accumulation
-from .tracking import RunningState, Tracking, commit, commit_together
+from .tracking import RunningState, Tracking, commit_together
 from .workers.group import Workers
 from .workers.running import Pool, pool_of
 from .workers.sums import Rule
@@ -143,7 +143,7 @@ class Tracked(nn.Module):
         if pool is not None:
             pool.add(self, batches if self._speaks_for_its_group() else [])
             return
-        commit_together(self._state(), batches, **self._rule())
+        self._move(batches)
 
     def merging_pool(self) -> Pool | None:
         """With which the running statistics are merged over workers.
@@ -172,15 +172,14 @@ class Tracked(nn.Module):
             moments: of all workers' batches as one group, (1, C).
             left_out: batches that were not finite, 0-d.
         """
-        state = self._state()
-        state.skipped.add_(left_out)
-        commit(state, moments, **self._rule())
+        self.num_batches_skipped.add_(left_out)
+        self._move([moments])
 
-    def _rule(self) -> dict[str, Any]:
-        return {
-            "momentum": self.momentum, "tracking": self.tracking,
-            "channels_per_group": self.grouping.channels_per_group, "eps": self.eps,
-        }  # fmt: skip
+    def _move(self, batches: Sequence[Moments]) -> None:
+        commit_together(
+            self._state(), batches, momentum=self.momentum, tracking=self.tracking,
+            channels_per_group=self.grouping.channels_per_group, eps=self.eps,
+        )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers[name] for name in _STATISTICS}

@@ -55,7 +55,7 @@ def accumulate(*models: nn.Module) -> Iterator[None]:
         tensor(1)
     """
     pending = {layer: Accumulation() for layer in _tracking_layers(models)}
-    with _pushed(pending):
+    with pushed(pending):
         yield
     for layer, accumulation in pending.items():
         if accumulation.batches or not is_backward():  # a block inside a checkpoint is recomputed, without batches
@@ -101,7 +101,7 @@ def freeze(*models: nn.Module, statistics: Statistics = "batch") -> Iterator[Non
     if statistics not in get_args(Statistics):
         raise ValueError(f"statistics must be 'batch' or 'running', got {statistics!r}")
     frozen = Frozen(statistics)
-    with _pushed(dict.fromkeys(_tracking_layers(models), frozen)):
+    with pushed(dict.fromkeys(_tracking_layers(models), frozen)):
         yield
 
 
@@ -118,7 +118,15 @@ def _tracking_layers(models: tuple[nn.Module, ...]) -> list[Norm]:
 
 
 @contextmanager
-def _pushed(blocks: Mapping[Norm, Accumulation | Frozen]) -> Iterator[None]:
+def pushed(blocks: Mapping[Norm, Accumulation | Frozen]) -> Iterator[None]:
+    """Put layers into a block each, and take them out at the end.
+
+    Args:
+        blocks: by layer.
+
+    Yields:
+        Nothing.
+    """
     for layer, block in blocks.items():
         layer.blocks = (*layer.blocks, block)
     try:

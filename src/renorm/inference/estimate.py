@@ -16,6 +16,7 @@ from ..norm import Norm
 from ..occasions import Accumulation
 from ..ops.statistics import center
 from ..tracking import update_running
+from ..updates import pushed
 from ..workers.group import Workers
 from ..workers.sums import Rule, from_sums, to_sums
 from .passes import Forward, forward, modes
@@ -91,25 +92,18 @@ def _rule(layer: Any) -> Rule:
 @contextmanager
 def _watched(layers: list[Any]) -> Iterator[list[list[Moments]]]:
     """Yield a list for each layer that gets the moments of its batches, while its buffers stay as they were."""
-    blocks = [Accumulation() for _ in layers]
-    handles, buffers = [], []
+    blocks = {layer: Accumulation() for layer in layers}
+    plain = [layer for layer in layers if not isinstance(layer, Norm)]
+    before = [{name: getattr(layer, name).clone() for name in _BUFFERS} for layer in plain]
+    handles = [layer.register_forward_pre_hook(_noting(blocks[layer]), with_kwargs=True) for layer in plain]
     try:
-        for layer, block in zip(layers, blocks, strict=True):
-            if isinstance(layer, Norm):
-                layer.blocks = (*layer.blocks, block)
-                continue
-            buffers.append((layer, {name: getattr(layer, name).clone() for name in _BUFFERS}))
-            handles.append(layer.register_forward_pre_hook(_noting(block), with_kwargs=True))
-        yield [block.batches for block in blocks]
+        with pushed({layer: block for layer, block in blocks.items() if isinstance(layer, Norm)}):
+            yield [block.batches for block in blocks.values()]
     finally:
-        for handle in handles:
+        for layer, buffers, handle in zip(plain, before, handles, strict=True):
             handle.remove()
-        for layer, kept in buffers:
-            for name, buffer in kept.items():
+            for name, buffer in buffers.items():
                 getattr(layer, name).copy_(buffer)
-        for layer, block in zip(layers, blocks, strict=True):
-            if isinstance(layer, Norm):
-                layer.blocks = tuple(other for other in layer.blocks if other is not block)
 
 
 def _noting(block: Accumulation) -> Any:

@@ -190,8 +190,10 @@ class _Search:
         if best < 1 and (right == best or right - best > 1.5 * _STEP):
             return min(1.0, best + _STEP)
         vertex = self._vertex(left, best, right) if left < best < right else None
-        if vertex is not None and left < vertex < right:
-            return vertex if abs(vertex - best) >= _TOLERANCE / 2 else None
+        if vertex is not None and abs(vertex - best) < _TOLERANCE / 2:
+            return None
+        if vertex is not None and left + _TOLERANCE / 2 < vertex < right - _TOLERANCE / 2:
+            return vertex
         if max(best - left, right - best) <= 2 * _TOLERANCE:
             return None
         return best - _GOLDEN * (best - left) if best - left > right - best else best + _GOLDEN * (right - best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class NormOptions(NamedTuple):
         )  # fmt: skip
 
 
-class Cell(nn.Module):
+class Cell(nn.Module, ABC):
     """One layer in one direction: the projections of input and state, normalized apart, and one bias.
 
     Args:
@@ -118,6 +119,7 @@ class Cell(nn.Module):
             outputs.append(torch.where(here, state[0], 0))
         return torch.stack(outputs[::-1] if reverse else outputs), state
 
+    @abstractmethod
     def step(self, projected: Tensor, state: State, mask: Tensor | None) -> State:
         """One time step.
 
@@ -129,7 +131,6 @@ class Cell(nn.Module):
         Returns:
             The state after it; anything finite where masked.
         """
-        raise NotImplementedError
 
 
 class LSTMCell(Cell):

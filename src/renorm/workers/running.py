@@ -74,7 +74,7 @@ class Pool:
 
     def expect_backward(self) -> None:
         """What is pending will be merged by a backward pass."""
-        self._backward_comes = True
+        self._backward_comes = len(self._pending) > 0
 
     def merge_in_backward(self, gradient: Tensor) -> None:
         """A gradient's hook: start the collective, and move the statistics when the backward pass ends.
@@ -126,13 +126,8 @@ class Pool:
         for member, moments, left_out in zip(members, *found, strict=True):
             member.commit_merged(moments, left_out)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Layers that are copied or loaded register again.
-        members: list[Member] | None = None if self._members is None else []
-        return {"workers": self.workers, "_members": members}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["workers"], state["_members"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[Pool], tuple[Workers, list[Member] | None]]:
+        return Pool, (self.workers, None if self._members is None else [])  # copies of layers register again
 
 
 _pools: WeakKeyDictionary[Any, Pool] = WeakKeyDictionary()
