@@ -21,8 +21,11 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+PAGES = ["recurrent", "training-loops", "distributed", "several-forwards", "trained-models", "weight-decay"]
+
+
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("page", ["recurrent", "training-loops", "distributed", "several-forwards", "trained-models"])
+@pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(page: str) -> None:
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     blocks = BLOCK.findall(text)

@@ -1,9 +1,12 @@
 """Batch normalization that means the same thing in training and at inference."""
 
-from . import functional, samplers
+from . import functional, optim, samplers
 from .convert import ConversionReport, convert, to_batchnorm
 from .inference.estimate import estimate
-from .inference.weigh import Weighing, weigh
+from .inference.weigh import weigh
+from .inference.weighing import Weighing
+from .inspection.inspect import inspect
+from .inspection.report import Inspection
 from .layers import (
     BatchGroupNorm,
     BatchGroupNorm1d,
@@ -51,6 +54,7 @@ __all__ = [
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
+    "Inspection",
     "Limits",
     "Moments",
     "Norm",
@@ -60,7 +64,9 @@ __all__ = [
     "estimate",
     "freeze",
     "functional",
+    "inspect",
     "joinables",
+    "optim",
     "samplers",
     "synchronize",
     "to_batchnorm",

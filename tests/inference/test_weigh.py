@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import csv
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +14,11 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 import renorm
 from renorm.inference.scores import bootstrap
-from renorm.inference.weigh import _Search
+from renorm.inference.weigh import _parts
 
 DIGITS = load_digits()
 X = torch.as_tensor(DIGITS.images, dtype=torch.float32).unsqueeze(1) / 16
@@ -123,33 +126,31 @@ def test_it_takes_at_most_eight_passes(dependent: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_any_curve_ends_within_the_budget(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_any_curve_ends_within_the_budget(seed: int) -> None:
     """Rough curves, plateaus and maxima anywhere, as accuracies have them."""
     generator = torch.Generator().manual_seed(seed)
     peak, rough = torch.rand(2, generator=generator).tolist()
+    model, examples = nn.Sequential(renorm.BatchNorm1d(1)), 0
 
-    def scores(search: Any, alpha: float, stride: int) -> Tensor:
-        search.evaluated += 80 // stride
-        search.batches = 16
+    def curve(output: Tensor, target: Tensor) -> Tensor:
+        nonlocal examples
+        examples += len(output)
+        alpha = model[0].example_weight
         noise = rough * 0.2 * math.sin(1e4 * alpha)
-        return torch.full((80 // stride,), round(-((alpha - peak) ** 2) + noise, seed % 4)).double()
+        return torch.full((len(output),), round(-((alpha - peak) ** 2) + noise, seed % 4)).double()
 
-    monkeypatch.setattr(_Search, "_scores", scores)
-    search = _Search(nn.Identity(), [], [], lambda model, batch: None, margin_of_nothing, higher=True)
-    best = search.run()
-    assert search.evaluated <= 8 * 80
-    assert best == max(sorted(search.full), key=lambda alpha: float(search.full[alpha].mean()))
-
-
-def margin_of_nothing(output: Tensor, target: Tensor) -> Tensor:
-    return output
+    loader = [(torch.randn(5, 1), torch.zeros(5))] * 16
+    found = renorm.weigh(model, loader, curve, higher_is_better=True)
+    assert examples == found.passes * 80 <= 8 * 80
+    assert found.best == max(sorted(found.curve, key=lambda p: p.alpha), key=lambda p: p.score.mean).alpha
 
 
 def test_where_nothing_is_to_be_gained_it_says_so_and_leaves_the_weight_at_0(independent: nn.Module) -> None:
     model = copy.deepcopy(independent)
     found = renorm.weigh(model, LOADER)
     assert found.alpha == model[1].example_weight == 0
-    assert "within noise" in str(found) or "no example weight is better than 0" in str(found)
+    assert "within noise" in str(found) or "nothing is better than the model as it was" in str(found)
+    assert found.is_noise
 
 
 def test_a_metric_of_one_s_own(dependent: nn.Module) -> None:
@@ -197,7 +198,7 @@ class Once:
         (iter(LOADER), {}, ValueError, "not an iterator"),
         ([], {}, ValueError, "loader has no example"),
         (Once(), {}, TypeError, r"a batch must be \(input, target\)"),
-        (LOADER, {"metric": "f1"}, ValueError, "metric must be one of 'accuracy', 'cross_entropy' or a function"),
+        (LOADER, {"metric": "f1"}, ValueError, "metric must be one of 'accuracy', 'cross_entropy', a function or"),
         (LOADER, {"metric": lambda y, t: y}, ValueError, "higher_is_better must be True or False"),
         (LOADER, {"metric": lambda y, t: y, "higher_is_better": True}, ValueError, r"of each example, \(N,\)"),
     ],
@@ -219,6 +220,150 @@ def test_models_without_running_statistics_are_refused() -> None:
 def test_the_interval_covers_the_mean_about_as_often_as_it_says() -> None:
     hits = sum(
         interval.low <= 0.3 <= interval.high
-        for interval in (bootstrap((torch.rand(80) < 0.3).double()) for _ in range(100))
+        for interval in (bootstrap((torch.rand(80) < 0.3).double(), torch.ones(80)).interval for _ in range(100))
     )
     assert 88 <= hits <= 100
+
+
+@pytest.mark.parametrize(
+    "metric", [MulticlassAccuracy(10, average="micro"), MulticlassAUROC(10)], ids=["mean", "ranks"]
+)
+def test_torchmetrics_metrics_are_computed_over_all_examples(dependent: nn.Module, metric: Any) -> None:
+    found = renorm.weigh(copy.deepcopy(dependent), LOADER, metric)
+    assert found.metric == type(metric).__name__
+    with torch.no_grad():
+        for point in found.curve:
+            metric.update(scores_by_hand(dependent, point.alpha, X[HELD_OUT]), Y[HELD_OUT])
+            assert point.score.mean == pytest.approx(metric.compute().item(), abs=2e-3)
+            metric.reset()
+    assert found.before.low < found.before.mean < found.before.high
+
+
+def test_a_torchmetrics_metric_of_the_mean_agrees_with_scores_of_examples(dependent: nn.Module) -> None:
+    by_examples = renorm.weigh(copy.deepcopy(dependent), LOADER)
+    by_metric = renorm.weigh(copy.deepcopy(dependent), LOADER, MulticlassAccuracy(10, average="micro"))
+    assert by_metric.best == by_examples.best
+    for at, expected in zip(by_metric.curve, by_examples.curve, strict=True):
+        assert at.score.mean == pytest.approx(expected.score.mean, abs=1e-6)
+        assert at.score.high - at.score.low == pytest.approx(expected.score.high - expected.score.low, rel=0.2)
+
+
+def test_a_metric_of_several_numbers_is_refused(dependent: nn.Module) -> None:
+    with pytest.raises(ValueError, match="metric must be a single number"):
+        renorm.weigh(copy.deepcopy(dependent), LOADER, MulticlassAccuracy(10, average=None))
+
+
+def one_layer_in_its_own_light() -> tuple[nn.Module, Any]:
+    """Two layers: the scale of one's input is an example's own; the mean of the other's tells the class."""
+    torch.manual_seed(0)
+    target = torch.randint(2, (400,))
+    sign = 2.0 * target[:, None, None] - 1
+    shape = torch.randn(400, 1, 16) * 0.3 + sign * torch.linspace(-1, 1, 16)
+    x = torch.cat([shape * 4 ** torch.randn(400, 1, 1), sign + 0.8 * torch.randn(400, 1, 16)], 1)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(renorm.BatchNorm1d(1))
+            self.second = nn.Sequential(renorm.BatchNorm1d(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            shape = self.first(x[:, :1]).squeeze(1) @ torch.linspace(-1, 1, 16)
+            level = self.second(x[:, 1:]).mean((1, 2))
+            margin = torch.tanh(shape / 8) + level
+            return torch.stack([-margin, margin], 1)
+
+    model = Two()
+    renorm.estimate(model, x.split(50))
+    return model, list(zip(x.split(20), target.split(20), strict=True))
+
+
+@pytest.mark.parametrize("per", ["stage", "layer"])
+def test_layers_that_need_different_example_weights_get_them(per: Any) -> None:
+    model, loader = one_layer_in_its_own_light()
+    single = renorm.weigh(copy.deepcopy(model), loader, "cross_entropy")
+    found = renorm.weigh(model, loader, "cross_entropy", per=per)
+    assert found.gain.mean > single.gain.mean
+    assert found.alpha is None
+    assert found.alphas == {"first.0": model.first[0].example_weight, "second.0": model.second[0].example_weight}
+    assert found.alphas["first.0"] > found.alphas["second.0"] + 0.2
+    assert "example weights of their own gains" in str(found)
+    assert found.passes <= 8 + 2 * 4 + 1
+
+
+@pytest.mark.parametrize(
+    ("names", "per", "expected"),
+    [
+        (["bn1", "layer1.0.bn1", "layer1.1.bn1", "layer2.0.bn1"], "stage", [1, 2, 1]),
+        (["net.body.bn1", "net.body.layer1.bn1", "net.body.layer1.bn2"], "stage", [1, 2]),
+        (["net.bn"], "stage", [1]),
+        (["a.bn", "b.bn"], "layer", [1, 1]),
+        (["a.bn", "b.bn"], "model", []),
+    ],
+)
+def test_stages_are_the_children_where_the_layers_part(names: list[str], per: Any, expected: list[int]) -> None:
+    layers = {name: renorm.BatchNorm1d(1) for name in names}
+    assert [len(part) for part in _parts(layers, per)] == expected
+
+
+def test_a_second_weighing_starts_from_the_model_as_it_is(dependent: nn.Module) -> None:
+    model = copy.deepcopy(dependent)
+    first = renorm.weigh(model, LOADER, "cross_entropy")
+    second = renorm.weigh(model, LOADER, "cross_entropy")
+    assert first.alpha > 0
+    assert second.before.mean == max(first.curve, key=lambda point: -point.score.mean).score.mean
+    assert second.alpha == first.alpha
+
+
+def test_a_group_norm_network_that_kept_running_statistics_gains_from_them() -> None:
+    """Trained with group norm, so as it is at an example weight of 1; P2 finds the best below."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), renorm.BatchGroupNorm2d(8, 2, examples_per_group=1), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(150):
+        chosen = TRAIN[torch.randint(len(TRAIN), (64,))]
+        loss = nn.functional.cross_entropy(model(X[chosen]), Y[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model[1].example_weight = 1.0
+    with torch.no_grad():
+        as_trained = nn.functional.cross_entropy(model.eval()(X[HELD_OUT]), Y[HELD_OUT]).item()
+    found = renorm.weigh(model, LOADER, "cross_entropy")
+    assert found.before.mean == pytest.approx(as_trained, abs=1e-5)
+    assert min(point.score.mean for point in found.curve) <= as_trained + 1e-6
+    assert found.alpha in (1.0, found.best)
+
+
+def test_a_table_of_the_curve_can_be_written(dependent: nn.Module, tmp_path: Path) -> None:
+    found = renorm.weigh(copy.deepcopy(dependent), LOADER)
+    found.to_csv(tmp_path / "curve.csv")
+    with (tmp_path / "curve.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["alpha"]) for row in rows if row["data"] == "all"] == [point.alpha for point in found.curve]
+    assert len(rows) == len(found.curve) + len(found.grid)
+    assert list(tmp_path.iterdir()) == [tmp_path / "curve.csv"]
+
+
+def test_the_curve_can_be_drawn(dependent: nn.Module) -> None:
+    found = renorm.weigh(copy.deepcopy(dependent), LOADER, "cross_entropy")
+    (axes,) = found.plot().axes
+    line = next(line for line in axes.lines if line.get_label().startswith("all"))
+    assert line.get_xydata().tolist() == [[point.alpha, point.score.mean] for point in found.curve]
+    assert axes.get_ylabel() == "cross-entropy"
+
+
+def test_the_bar_is_shown_only_to_somebody_who_watches(
+    independent: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    renorm.weigh(copy.deepcopy(independent), LOADER)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    renorm.weigh(copy.deepcopy(independent), LOADER)
+    assert "weighing" in capsys.readouterr().err
+    renorm.weigh(copy.deepcopy(independent), LOADER, show_progress=False)
+    assert capsys.readouterr().err == ""

@@ -9,19 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..moments import Moments
 from ..norm import Norm
 from ..occasions import Accumulation
 from ..ops.statistics import center
 from ..tracking import update_running
-from ..updates import pushed
 from ..workers.group import Workers
 from ..workers.sums import Rule, from_sums, to_sums
-from .passes import Forward, forward, modes
-
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+from .passes import Forward, batch_statistics, forward, tracking_layers
 
 
 def estimate(model: nn.Module, loader: Iterable[Any], *, forward: Forward = forward) -> nn.Module:
@@ -63,13 +59,11 @@ def estimate(model: nn.Module, loader: Iterable[Any], *, forward: Forward = forw
         >>> torch.allclose(model[1].running_mean, model[0](data).mean(0), atol=1e-5)
         True
     """
-    layers = {name: module for name, module in model.named_modules() if _tracks(module)}
-    if not layers:
-        raise ValueError("model has no norm layer with running statistics")
+    layers = tracking_layers(model)
     rules = [_rule(layer) for layer in layers.values()]
     device = next(iter(layers.values())).running_mean.device
     total = torch.zeros_like(to_sums(rules, [[] for _ in rules], device))
-    with torch.no_grad(), modes(model, set(layers.values())), _watched(list(layers.values())) as seen:
+    with _watched(model, list(layers.values())) as seen:
         for batch in loader:
             forward(model, batch)
             total += to_sums(rules, seen, device)
@@ -81,29 +75,22 @@ def estimate(model: nn.Module, loader: Iterable[Any], *, forward: Forward = forw
     return model
 
 
-def _tracks(module: nn.Module) -> bool:
-    return isinstance(module, (Norm, _BatchNorm)) and module.running_mean is not None
-
-
 def _rule(layer: Any) -> Rule:
     return layer.rule if isinstance(layer, Norm) else Rule(layer.num_features, "var", 1, float(layer.eps))
 
 
 @contextmanager
-def _watched(layers: list[Any]) -> Iterator[list[list[Moments]]]:
-    """Yield a list for each layer that gets the moments of its batches, while its buffers stay as they were."""
+def _watched(model: nn.Module, layers: list[Any]) -> Iterator[list[list[Moments]]]:
+    """Yield a list for each layer that gets the moments of its batches, by which it normalizes."""
     blocks = {layer: Accumulation() for layer in layers}
     plain = [layer for layer in layers if not isinstance(layer, Norm)]
-    before = [{name: getattr(layer, name).clone() for name in _BUFFERS} for layer in plain]
     handles = [layer.register_forward_pre_hook(_noting(blocks[layer]), with_kwargs=True) for layer in plain]
     try:
-        with pushed({layer: block for layer, block in blocks.items() if isinstance(layer, Norm)}):
+        with batch_statistics(model, layers, blocks):
             yield [block.batches for block in blocks.values()]
     finally:
-        for layer, buffers, handle in zip(plain, before, handles, strict=True):
+        for handle in handles:
             handle.remove()
-            for name, buffer in buffers.items():
-                getattr(layer, name).copy_(buffer)
 
 
 def _noting(block: Accumulation) -> Any:

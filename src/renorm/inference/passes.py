@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..norm import Norm
+from ..occasions import Accumulation, Frozen
+from ..updates import pushed
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -41,6 +48,30 @@ def forward(model: nn.Module, batch: Any) -> Any:
     )
 
 
+def target(batch: Any) -> Any:
+    """The target in a batch as data loaders give it.
+
+    Args:
+        batch: a tuple or list of input, target and whatever else; or a mapping with "labels" or "label".
+
+    Returns:
+        The target.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return batch[1]
+    if isinstance(batch, Mapping):
+        for name in ("labels", "label"):
+            if name in batch:
+                return batch[name]
+    raise TypeError(
+        "a batch must be (input, target) or a mapping with 'label' or 'labels', got "
+        + (f"{type(batch).__name__} with {sorted(batch)}" if isinstance(batch, Mapping) else type(batch).__name__)
+    )
+
+
 @contextmanager
 def modes(model: nn.Module, training: set[nn.Module]) -> Iterator[None]:
     """Put a model into evaluation mode, but for some modules, and restore every module's mode at the end.
@@ -60,3 +91,53 @@ def modes(model: nn.Module, training: set[nn.Module]) -> Iterator[None]:
     finally:
         for module, mode in before.items():
             module.training = mode
+
+
+def tracking_layers(model: nn.Module) -> dict[str, Any]:
+    """The norm layers of a model, ours and torch's, that have running statistics.
+
+    Args:
+        model: any model.
+
+    Returns:
+        Layers by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (Norm, _BatchNorm)) and module.running_mean is not None
+    }
+    if not layers:
+        raise ValueError("model has no norm layer with running statistics")
+    return layers
+
+
+@contextmanager
+def batch_statistics(
+    model: nn.Module, layers: Iterable[Any], blocks: Mapping[Any, Accumulation] | None = None
+) -> Iterator[None]:
+    """Let norm layers normalize by their batches, everything else as at evaluation, without gradients.
+
+    Args:
+        model: the model.
+        layers: of renorm or torch.
+        blocks: where ours leave the moments of their batches; None for nowhere.
+
+    Yields:
+        Nothing. Running statistics and modes are as before at the end.
+    """
+    layers = list(layers)
+    plain = [layer for layer in layers if not isinstance(layer, Norm)]
+    before = [{name: getattr(layer, name).clone() for name in _BUFFERS} for layer in plain]
+    frozen = Frozen("batch")
+    ours = {layer: frozen if blocks is None else blocks[layer] for layer in layers if isinstance(layer, Norm)}
+    try:
+        with torch.no_grad(), modes(model, set(layers)), pushed(ours):
+            yield
+    finally:
+        for layer, buffers in zip(plain, before, strict=True):
+            for name, buffer in buffers.items():
+                getattr(layer, name).copy_(buffer)

@@ -1,10 +1,11 @@
-"""What a model is judged by: a number for every example, or a metric over all of them."""
+"""What a model is judged by: a score for every example, or a metric over all of them, each with its uncertainty."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,15 +14,32 @@ from torch.nn import functional as F
 # From a model's output and the target to a score of each example, (N,).
 ExampleScore = Callable[[Any, Any], Tensor]
 
-_RESAMPLES = 1_000
+_SCORE_RESAMPLES = 1_000
+_METRIC_RESAMPLES = 200  # each computes the metric anew
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """A metric over all examples, as torchmetrics has them."""
+
+    higher_is_better: bool | None
+
+    def update(self, output: Any, target: Any) -> None:
+        """Take in a batch."""
+
+    def compute(self) -> Any:
+        """The metric over what was taken in."""
+
+    def reset(self) -> None:
+        """Forget what was taken in."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and where it lies with 95% confidence.
+    """A score, and where it lies with 95% confidence.
 
     Args:
-        mean: over examples.
+        mean: over the examples.
         low: 2.5th percentile over resamples of the examples.
         high: 97.5th percentile.
     """
@@ -31,45 +49,231 @@ class Interval:
     high: float
 
 
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A score over examples, and over resamples of them that are the same for equally many examples.
+
+    Args:
+        score: over the examples.
+        replicates: over each resample, (R,), float64.
+        examples: how many they are.
+    """
+
+    score: float
+    replicates: Tensor
+    examples: int
+
+    @property
+    def interval(self) -> Interval:
+        """The score with its uncertainty."""
+        return _interval(self.score, self.replicates)
+
+    def gain(self, over: Evaluation, higher_is_better: bool = True) -> Interval:
+        """How much better this is than another evaluation of the same examples in the same order.
+
+        Args:
+            over: the other.
+            higher_is_better: or smaller.
+
+        Returns:
+            The difference with its uncertainty, which takes into account that the examples are the same.
+        """
+        sign = 1 if higher_is_better else -1
+        return _interval(sign * (self.score - over.score), sign * (self.replicates - over.replicates))
+
+
+class Judge:
+    """Scores a model's outputs.
+
+    Args:
+        metric: "accuracy", "cross_entropy", a function of output and target that gives a score of each example, (N,),
+            or a torchmetrics metric.
+        higher_is_better: by default as the metric says; for a function it must be given.
+
+    Raises:
+        TypeError: the metric is none of these.
+        ValueError: the name is unknown, or it is not known whether higher is better.
+    """
+
+    def __init__(self, metric: str | ExampleScore | Metric, higher_is_better: bool | None = None) -> None:
+        known = True
+        if isinstance(metric, str):
+            if metric not in _NAMED:
+                names = ", ".join(map(repr, _NAMED))
+                raise ValueError(f"metric must be one of {names}, a function or a torchmetrics metric, got {metric!r}")
+            self.name = metric
+            metric, known = _NAMED[metric]
+        elif isinstance(metric, Metric):
+            self.name = type(metric).__name__
+            higher_is_better = metric.higher_is_better if higher_is_better is None else higher_is_better
+        elif callable(metric):
+            self.name = getattr(metric, "__name__", "score")
+        else:
+            raise TypeError(f"metric must be a name, a function or a torchmetrics metric, got {type(metric).__name__}")
+        if self.name not in _NAMED and higher_is_better is None:
+            raise ValueError(f"higher_is_better must be True or False for {self.name}, got None")
+        self.higher_is_better = known if higher_is_better is None else higher_is_better
+        self._metric = metric
+
+    def start(self) -> Scoring:
+        """Scoring of a pass over data, to be given its batches."""
+        return _OfMetric(self._metric) if isinstance(self._metric, Metric) else _OfExamples(self._metric)
+
+
+class Scoring(Protocol):
+    """Scores of a pass."""
+
+    def add(self, output: Any, target: Any) -> None:
+        """Take in a batch.
+
+        Args:
+            output: of the model; a tensor, or an object with `logits`.
+            target: as the loader gives it.
+        """
+
+    def evaluation(self, by_batch: bool = False) -> Evaluation:
+        """What the batches make together.
+
+        Args:
+            by_batch: whether resamples are of whole batches: where an example's score depends on its batch.
+
+        Raises:
+            ValueError: there was no example.
+        """
+
+
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
     """Whether the class with the largest logit is the right one.
 
     Args:
-        output: logits, (N, classes).
-        target: classes, (N,).
+        output: logits, (N, classes, *).
+        target: classes, (N, *).
 
     Returns:
-        1 where right, 0 elsewhere, (N,).
+        1 where right, 0 elsewhere, (N,); the share of positions where there are any.
     """
-    return (output.argmax(1) == target).double()
+    return _per_example((output.argmax(1) == target).double())
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy in nats.
 
     Args:
-        output: logits, (N, classes).
-        target: classes, (N,), or probabilities, (N, classes).
+        output: logits, (N, classes, *).
+        target: classes, (N, *), or probabilities, (N, classes, *).
 
     Returns:
-        Of each example, (N,).
+        Of each example, (N,); the mean over positions where there are any.
     """
-    return F.cross_entropy(output, target, reduction="none").double()
+    return _per_example(F.cross_entropy(output, target, reduction="none").double())
 
 
-def bootstrap(scores: Tensor) -> Interval:
-    """A mean over examples with its confidence interval, from resamples of the examples with a fixed seed.
+def bootstrap(sums: Tensor, sizes: Tensor) -> Evaluation:
+    """A mean over examples, and over resamples of them or of batches with a fixed seed.
 
     Args:
-        scores: of each example, (N,), at least one.
+        sums: of the scores of each example or batch, (B,), float64.
+        sizes: how many examples those are, (B,), float64; not all 0.
 
     Returns:
-        The interval.
+        The evaluation.
     """
+    means = [sums[drawn].sum() / sizes[drawn].sum() for drawn in _resamples(len(sums), _SCORE_RESAMPLES)]
+    return Evaluation(float(sums.sum() / sizes.sum()), torch.stack(means), int(sizes.sum()))
+
+
+def _per_example(scores: Tensor) -> Tensor:
+    return scores.flatten(1).mean(1) if scores.ndim > 1 else scores
+
+
+_NAMED: dict[str, tuple[ExampleScore, bool]] = {
+    "accuracy": (accuracy, True),
+    "cross_entropy": (cross_entropy, False),
+}
+
+
+class _OfExamples:
+    def __init__(self, score: ExampleScore) -> None:
+        self._score = score
+        self._scores: list[Tensor] = []
+
+    def add(self, output: Any, target: Any) -> None:
+        output, target = _side_by_side(output, target)
+        scores = self._score(output, target)
+        if scores.ndim != 1:
+            raise ValueError(f"metric must give a score of each example, (N,), got shape {tuple(scores.shape)}")
+        self._scores.append(scores.detach().double().cpu())
+
+    def evaluation(self, by_batch: bool = False) -> Evaluation:
+        _check_examples(sum(map(len, self._scores)))
+        scores = [scores.sum()[None] for scores in self._scores] if by_batch else self._scores
+        sizes = torch.tensor([float(len(scores)) for scores in self._scores], dtype=torch.float64)
+        sums = torch.cat(scores)
+        return bootstrap(sums, sizes if by_batch else torch.ones_like(sums))
+
+
+class _OfMetric:
+    def __init__(self, metric: Metric) -> None:
+        self._metric = copy.deepcopy(metric)
+        self._outputs: list[Any] = []
+        self._targets: list[Any] = []
+
+    def add(self, output: Any, target: Any) -> None:
+        output, target = _side_by_side(output, target)
+        self._outputs.append(output)
+        self._targets.append(target)
+
+    def evaluation(self, by_batch: bool = False) -> Evaluation:
+        sizes = [len(output) for output in self._outputs]
+        _check_examples(sum(sizes))
+        outputs, targets = _joined(self._outputs), _joined(self._targets)
+        batches = torch.arange(len(outputs)).split(sizes)
+        replicates = []
+        for drawn in _resamples(len(sizes) if by_batch else len(outputs), _METRIC_RESAMPLES):
+            chosen = torch.cat([batches[i] for i in drawn.tolist()]) if by_batch else drawn
+            replicates.append(self._of(_taken(outputs, chosen), _taken(targets, chosen)))
+        return Evaluation(self._of(outputs, targets), torch.tensor(replicates, dtype=torch.float64), len(outputs))
+
+    def _of(self, outputs: Any, targets: Any) -> float:
+        self._metric.reset()
+        self._metric.update(outputs, targets)
+        value = self._metric.compute()
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ValueError(
+                f"metric must be a single number, got {value!r} from {type(self._metric).__name__} (average=None?)"
+            )
+        return float(value)
+
+
+def _side_by_side(output: Any, target: Any) -> tuple[Any, Any]:
+    output = getattr(output, "logits", output)
+    if isinstance(output, Tensor) and isinstance(target, Tensor):
+        target = target.to(output.device)
+    return output, target
+
+
+def _check_examples(number: int) -> None:
+    if number == 0:
+        raise ValueError("loader has no example")
+
+
+def _resamples(number: int, resamples: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    scores, number = scores.cpu().double(), len(scores)
-    means = torch.stack(
-        [scores[torch.randint(number, (number,), generator=generator)].mean() for _ in range(_RESAMPLES)]
-    )
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(float(scores.mean()), low, high)
+    return [torch.randint(number, (number,), generator=generator) for _ in range(resamples)]
+
+
+def _joined(batches: Sequence[Any]) -> Any:
+    if isinstance(batches[0], Tensor):
+        return torch.cat(list(batches))
+    return [example for batch in batches for example in batch]
+
+
+def _taken(examples: Any, chosen: Tensor) -> Any:
+    if isinstance(examples, Tensor):
+        return examples[chosen.to(examples.device)]
+    return [examples[i] for i in chosen.tolist()]
+
+
+def _interval(score: float, replicates: Tensor) -> Interval:
+    low, high = torch.nanquantile(replicates, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(score, low, high)

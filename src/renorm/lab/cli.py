@@ -1,4 +1,4 @@
-"""The command line: `renorm run RECIPE` and `renorm list`."""
+"""The command line: `renorm run RECIPE`, `renorm list` and `renorm inspect MODEL`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from .errors import LabError
+from .inspection import inspect_model
 from .job import carry_out
 from .recipes import RECIPES
 
@@ -30,13 +31,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "list":
         print(_recipe_list())
         return 0
-    name = options.run.recipe
-    recipe = RECIPES[name](**options.run[name].as_dict())
     try:
-        carry_out(recipe, shlex.join(["renorm", *arguments]))
+        if options.command == "inspect":
+            inspect_model(**options.inspect.as_dict())
+            return 0
+        return _run(options.run, shlex.join(["renorm", *arguments]))
     except LabError as error:
         print(f"renorm: error: {error}", file=sys.stderr)
         return 1
+
+
+def _run(options: Namespace, command: str) -> int:
+    recipe = RECIPES[options.recipe](**options[options.recipe].as_dict())
+    try:
+        carry_out(recipe, command)
     except KeyboardInterrupt:
         print(f"Interrupted. Finished runs are in {recipe.folder}; the same command continues.", file=sys.stderr)
         return _INTERRUPTED
@@ -60,13 +68,15 @@ def _with(option: str, old: str, new: str) -> str:
 
 def _parser() -> ArgumentParser:
     # Parsers of commands take over the formatter.
-    parser = ArgumentParser(
-        prog="renorm", description="Experiments with normalization layers.", formatter_class=_HelpFormatter
-    )
+    description = "Experiments with normalization layers, and a look at those of a model."
+    parser = ArgumentParser(prog="renorm", description=description, formatter_class=_HelpFormatter)
     commands = parser.add_subcommands(dest="command", title="commands", metavar="COMMAND")
     run = ArgumentParser(description="Train, evaluate and report; an interrupted job continues where it was.")
     commands.add_subcommand("run", run, help="run a recipe")
     commands.add_subcommand("list", ArgumentParser(description="List the recipes."), help="list the recipes")
+    looking = ArgumentParser(description=_description(inspect_model))
+    looking.add_function_arguments(inspect_model, as_group=False, as_positional=True)
+    commands.add_subcommand("inspect", looking, help="look at a trained model's norm layers")
     recipes = run.add_subcommands(dest="recipe", title="recipes", metavar="RECIPE")
     for name, recipe in RECIPES.items():
         options = ArgumentParser(description=_description(recipe))
@@ -75,8 +85,8 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _description(recipe: type) -> str:
-    return (recipe.__doc__ or "").partition("Args:")[0].strip()
+def _description(documented: object) -> str:
+    return (documented.__doc__ or "").partition("Args:")[0].strip()
 
 
 def _recipe_list() -> str:

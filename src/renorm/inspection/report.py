@@ -1,0 +1,175 @@
+"""What an inspection found, as numbers, tables and pictures."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from ..files import save_csv
+from ..inference.scores import Interval
+from . import tables
+from .plot import draw
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """A norm layer over the batches of a data set; NaN where no batch reached it.
+
+    r and d are those that batch renormalization would apply without limits: r the standard deviation of a group
+    over the running one, d the difference of the means in running standard deviations.
+
+    Args:
+        name: in the model.
+        kind: class.
+        channels: how many.
+        steps: batches that moved the running statistics so far, where the layer counts them.
+        r_max: that r's clipping is told for: of the layer at its step, or the paper's 3.
+        d_max: that d's clipping is told for: of the layer at its step, or the paper's 5.
+        plain_until: step before which the layer's limits keep it to plain batch norm, if that is now.
+        batches: statistics groups seen.
+        elements: of a group, the median.
+        r: 5, 50 and 95% quantiles over groups and channels.
+        d: 5, 50 and 95% quantiles over groups and channels.
+        d_size: 50 and 95% quantiles of |d|.
+        shift: mean over groups of d, its size, the median over channels: running means that are not of these data.
+        scale: standard deviation of groups over the running one, merged as the layer's tracking rule does, the median
+            over channels; far from 1: running variances that are not of these data.
+        clipped_r: share of r outside of [1 / r_max, r_max].
+        clipped_d: share of d outside of [-d_max, d_max].
+        between_within: mean square of the examples' means between groups over that within, summed over channels in
+            units of the running variance: 1 where groups are i.i.d., up to the group's examples where they are alike.
+        dead: channels whose output at evaluation has a standard deviation below 0.001.
+        nearly_dead: others below 0.01.
+        range_training: largest size of a value normalized by its group.
+        bound: that it cannot exceed, sqrt(elements - 1) of the largest group.
+        range_evaluation: largest size of a value normalized as at evaluation, which has no bound.
+
+    Source:
+        Ioffe 2017, section 3, for r and d; Summers & Dinneen 2020, equation 2 and appendix A, for the ranges.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    steps: int | None
+    r_max: float
+    d_max: float
+    plain_until: int | None = None
+    batches: int = 0
+    elements: float = math.nan
+    r: tuple[float, ...] = (math.nan,) * 3
+    d: tuple[float, ...] = (math.nan,) * 3
+    d_size: tuple[float, ...] = (math.nan,) * 2
+    shift: float = math.nan
+    scale: float = math.nan
+    clipped_r: float = math.nan
+    clipped_d: float = math.nan
+    between_within: float = math.nan
+    dead: int = 0
+    nearly_dead: int = 0
+    range_training: float = math.nan
+    bound: float = math.nan
+    range_evaluation: float = math.nan
+
+
+@dataclass(frozen=True)
+class ModeReport:
+    """A score of the model in evaluation mode and with its norm layers in training mode.
+
+    Args:
+        metric: name of the score.
+        higher_is_better: or smaller.
+        evaluation: evaluation mode.
+        training: norm layers in training mode, on batches as the loader gives them.
+        shuffled: the same on the examples of 32 batches at a time, shuffled among them; None where they cannot be.
+        gap: how much better training mode is than evaluation mode on the same batches.
+        composition: how much better training mode is on batches as they come than shuffled.
+    """
+
+    metric: str
+    higher_is_better: bool
+    evaluation: Interval
+    training: Interval
+    shuffled: Interval | None
+    gap: Interval
+    composition: Interval | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to know or to mend.
+
+    Args:
+        layer: name of the layer it is about, the worst one; None for the model.
+        measure: name of the number.
+        value: the number.
+        text: what it means and what helps.
+    """
+
+    layer: str | None
+    measure: str
+    value: float
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found: print it, look at it in a notebook, `plot` it or write it `to_csv`.
+
+    Args:
+        layers: a report for each norm layer, in the order of the model.
+        modes: a report for each score.
+        findings: in plain language, the gravest first.
+    """
+
+    layers: tuple[LayerReport, ...]
+    modes: tuple[ModeReport, ...]
+    findings: tuple[Finding, ...]
+
+    def __str__(self) -> str:
+        return tables.as_text(self)
+
+    def __rich__(self) -> Any:
+        return tables.as_rich(self)
+
+    def _repr_html_(self) -> str:
+        return tables.as_html(self)
+
+    def plot(self) -> Figure:
+        """Draw r, d and the ranges of every layer, and the scores in both modes; needs matplotlib.
+
+        Returns:
+            The figure; `savefig` writes it.
+        """
+        return draw(self)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the layers' reports as a table, a row for each.
+
+        Args:
+            path: file to write.
+        """
+        header = [name for name, _ in _cells(self.layers[0])]
+        save_csv(path, header, ([cell for _, cell in _cells(layer)] for layer in self.layers))
+
+
+_QUANTILES = {"r": (5, 50, 95), "d": (5, 50, 95), "d_size": (50, 95)}
+
+
+def _cells(layer: LayerReport) -> list[tuple[str, object]]:
+    cells: list[tuple[str, object]] = []
+    for field in fields(layer):
+        value = getattr(layer, field.name)
+        if field.name in _QUANTILES:
+            cells += [(f"{field.name}_{q}", v) for q, v in zip(_QUANTILES[field.name], value, strict=True)]
+        else:
+            cells.append((field.name, "" if value is None else value))
+    return cells

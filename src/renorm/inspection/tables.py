@@ -1,0 +1,111 @@
+"""An inspection as text, in a rich terminal, and in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from html import escape
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .report import Inspection, LayerReport, ModeReport
+
+_Cell = Callable[["LayerReport"], str]
+_LAYER_COLUMNS: tuple[tuple[str, _Cell], ...] = (
+    ("layer", lambda layer: layer.name or "(root)"),
+    ("m", lambda layer: f"{layer.elements:.0f}"),
+    ("r", lambda layer: f"{layer.r[0]:.2f}-{layer.r[2]:.2f}"),
+    ("|d|", lambda layer: f"{layer.d_size[0]:.2f}-{layer.d_size[1]:.2f}"),
+    ("clipped", lambda layer: f"{layer.clipped_r:.0%}, {layer.clipped_d:.0%}"),
+    ("b/w", lambda layer: f"{layer.between_within:.1f}"),
+    ("dead", lambda layer: f"{layer.dead}+{layer.nearly_dead}"),
+    ("range", lambda layer: _range(layer)),
+)
+_LEGEND = (
+    "m: elements of a statistics group. r: 5 to 95%. |d|: 50 to 95%. clipped: of r, of d. b/w: how much more means of "
+    "batches vary than those of independent examples would. dead: dead+nearly dead channels. range: largest normalized "
+    "value in training, its bound, at evaluation."
+)
+_MODE_COLUMNS: tuple[tuple[str, Callable[[ModeReport], str]], ...] = (
+    ("score", lambda mode: mode.metric),
+    ("evaluation", lambda mode: f"{mode.evaluation.mean:.4f}"),
+    ("training mode", lambda mode: f"{mode.training.mean:.4f}"),
+    ("shuffled", lambda mode: "" if mode.shuffled is None else f"{mode.shuffled.mean:.4f}"),
+    ("training - evaluation (95%)", lambda mode: f"{mode.gap.mean:.4f} ({mode.gap.low:.4f} to {mode.gap.high:.4f})"),
+)
+
+
+def as_text(inspection: Inspection) -> str:
+    """Plain text, for any terminal and for logs.
+
+    Args:
+        inspection: what to show.
+    """
+    tables = ["\n".join(_lines(header, rows)) for header, rows in _tables(inspection)]
+    return "\n\n".join(
+        [*tables, "\n".join(wrap(_LEGEND, 100)), "\n".join(f"- {finding}" for finding in inspection.findings)]
+    )
+
+
+def as_html(inspection: Inspection) -> str:
+    """HTML, for notebooks.
+
+    Args:
+        inspection: what to show.
+    """
+    findings = "".join(f"<li>{escape(str(finding))}</li>" for finding in inspection.findings)
+    return (
+        "".join(_html_table(header, rows) for header, rows in _tables(inspection))
+        + f"<p>{_LEGEND}</p><ul>{findings}</ul>"
+    )
+
+
+def as_rich(inspection: Inspection) -> Any:
+    """For rich's terminals.
+
+    Args:
+        inspection: what to show.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    shown: list[Any] = []
+    for header, rows in _tables(inspection):
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column(header[0], overflow="fold")
+        for name in header[1:]:
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        shown.append(table)
+    return Group(*shown, Text(_LEGEND, style="dim"), *(f"• {finding}" for finding in inspection.findings))
+
+
+def _range(layer: LayerReport) -> str:
+    return f"{layer.range_training:.1f}, {layer.bound:.1f}, {layer.range_evaluation:.1f}"
+
+
+def _tables(inspection: Inspection) -> list[tuple[list[str], list[list[str]]]]:
+    tables = [_table(_MODE_COLUMNS, inspection.modes)] if inspection.modes else []
+    return [*tables, _table(_LAYER_COLUMNS, inspection.layers)]
+
+
+def _table(columns: Any, items: Any) -> tuple[list[str], list[list[str]]]:
+    return [name for name, _ in columns], [[cell(item) for _, cell in columns] for item in items]
+
+
+def _lines(header: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    aligned = []
+    for row in [header, *rows]:
+        numbers = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        aligned.append("  ".join([row[0].ljust(widths[0]), *numbers]))
+    return aligned
+
+
+def _html_table(header: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -1,0 +1,84 @@
+"""What numbers are worth a sentence, and that it names the layer, the number and the remedy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from renorm.inference.scores import Interval
+from renorm.inspection.findings import find
+from renorm.inspection.report import LayerReport, ModeReport
+
+HEALTHY = LayerReport(
+    "layer1.bn", "BatchNorm2d", 64, 1_000, 3.0, 5.0,
+    batches=20, elements=512.0, r=(0.9, 1.0, 1.1), d=(-0.1, 0.0, 0.1), d_size=(0.05, 0.1), shift=0.01, scale=1.0,
+    clipped_r=0.0, clipped_d=0.0, between_within=1.0, range_training=5.0, bound=22.6, range_evaluation=6.0,
+)  # fmt: skip
+
+
+def mode(gap: tuple[float, float, float], metric: str = "accuracy", composition: float | None = None) -> ModeReport:
+    shared = None if composition is None else Interval(composition, composition - 0.01, composition + 0.01)
+    score = Interval(0.5, 0.4, 0.6)
+    return ModeReport(metric, metric == "accuracy", score, score, None, Interval(*gap), shared)
+
+
+def test_a_healthy_layer_gives_no_finding() -> None:
+    assert find([HEALTHY, HEALTHY], []) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "measure", "said"),
+    [
+        ({"batches": 0}, "batches", ["no batch reached it"]),
+        ({"steps": 0}, "steps", ["never been moved", "renorm.estimate"]),
+        ({"plain_until": 5_000}, "plain_until", ["until step 5000", "at 1000 now", "Limits.over"]),
+        ({"shift": 0.8}, "shift", ["0.80 standard deviations", "renorm.estimate"]),
+        ({"scale": 0.5}, "scale", ["0.50 of the running one", "renorm.estimate"]),
+        ({"between_within": 12.3}, "between_within", ["12.3 times", "renorm.BatchRenorm"]),
+        ({"d_size": (0.5, 1.7)}, "d_size_95", ["up to 1.70", "renorm.weigh"]),
+        ({"r": (0.4, 1.0, 1.2)}, "r", ["0.40 to 1.20", "renorm.weigh"]),
+        ({"clipped_d": 0.12}, "clipped", ["clip 0.0% of r and 12.0% of d", "wider limits"]),
+        ({"range_evaluation": 50.0}, "range_evaluation", ["reach 50.0", "22.6", "m = 512", "renorm.weigh"]),
+        ({"dead": 3, "nearly_dead": 2}, "dead", ["3 of 64 channels are dead", "2 nearly", "pruned"]),
+    ],
+)
+def test_each_trouble_is_named_with_layer_number_and_remedy(
+    change: dict[str, Any], measure: str, said: list[str]
+) -> None:
+    ill = replace(HEALTHY, name="layer4.bn", **change)
+    (finding,) = find([HEALTHY, ill], [])
+    assert (finding.layer, finding.measure) == ("layer4.bn", measure)
+    assert str(finding).startswith("layer4.bn: ")
+    assert all(words in str(finding) for words in said), str(finding)
+
+
+def test_one_finding_tells_of_the_worst_layer_and_counts_the_others() -> None:
+    layers = [replace(HEALTHY, name=f"bn{i}", between_within=float(10 * i)) for i in range(4)]
+    (finding,) = find(layers, [])
+    assert finding.layer == "bn3"
+    assert finding.value == 30
+    assert "and 2 of 4 layers more" in str(finding)
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        (mode((0.21, 0.19, 0.23)), ["evaluation loses 21.0 points of accuracy", "19.0 to 23.0", "try renorm.weigh"]),
+        (mode((-0.21, -0.23, -0.19)), ["training mode loses 21.0 points", "renorm.convert(model, renorm.BatchRenorm)"]),
+        (mode((0.01, -0.01, 0.03)), ["agree", "nothing much is to be gained"]),
+        (mode((0.001, 0.0005, 0.002)), ["agree", "nothing much is to be gained"]),
+        (mode((0.4, 0.3, 0.5), "cross_entropy"), ["evaluation loses 0.4 of cross-entropy", "try renorm.weigh"]),
+    ],
+)
+def test_the_gap_between_the_modes_is_told_with_its_interval(report: ModeReport, said: list[str]) -> None:
+    (finding,) = find([], [report])
+    assert finding.layer is None
+    assert all(words in str(finding) for words in said), str(finding)
+
+
+def test_what_is_read_from_the_batch_s_composition_is_told() -> None:
+    findings = find([], [mode((0.2, 0.1, 0.3), composition=0.3)])
+    assert "30.0 points of accuracy better on batches as they come" in str(findings[1])
+    assert len(find([], [mode((0.2, 0.1, 0.3), composition=0.005)])) == 1

@@ -1,0 +1,72 @@
+"""An inspection in a terminal, a notebook, a file and a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import renorm
+
+
+@pytest.fixture(scope="module")
+def found() -> renorm.Inspection:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    data = [(torch.randn(8, 3), torch.randint(4, (8,))) for _ in range(6)]
+    renorm.estimate(model, data)
+    return renorm.inspect(model, data)
+
+
+def test_the_text_has_scores_layers_and_findings(found: renorm.Inspection) -> None:
+    lines = str(found).splitlines()
+    assert lines[1].startswith("accuracy ")
+    assert lines[1].split()[1] == f"{found.modes[0].evaluation.mean:.4f}"
+    header = lines.index(next(line for line in lines if line.startswith("layer")))
+    assert [line.split()[0] for line in lines[header + 1 : header + 3]] == ["1", "4"]
+    assert len({len(line) for line in lines[header : header + 3]}) == 1
+    assert lines[-len(found.findings) :] == [f"- {finding}" for finding in found.findings]
+
+
+def test_a_rich_terminal_of_80_columns_shows_every_number(found: renorm.Inspection) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(found)
+    shown = console.export_text()
+    assert "…" not in shown
+    assert f"{found.layers[0].r[0]:.2f}-{found.layers[0].r[2]:.2f}" in shown
+
+
+def test_a_notebook_gets_tables_with_headers(found: renorm.Inspection) -> None:
+    html = found._repr_html_()
+    assert html.count("<table>") == 2
+    assert html.count("<tr>") == 2 + len(found.modes) + len(found.layers)
+    assert html.count("<li>") == len(found.findings)
+
+
+def test_the_table_has_a_row_for_each_layer(found: renorm.Inspection, tmp_path: Path) -> None:
+    found.to_csv(tmp_path / "layers.csv")
+    with (tmp_path / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["1", "4"]
+    assert float(rows[1]["r_95"]) == pytest.approx(found.layers[1].r[2], rel=1e-5)
+    assert list(tmp_path.iterdir()) == [tmp_path / "layers.csv"]
+
+
+def test_the_picture_shows_every_layer_and_score(found: renorm.Inspection) -> None:
+    panels = {axes.get_title(): axes for axes in found.plot().axes}
+    assert list(panels) == ["accuracy, with 95% interval", "cross-entropy, with 95% interval", "r", "d", "range"]
+    assert [label.get_text() for label in panels["r"].get_yticklabels()] == ["1", "4"]
+    bound, training, evaluation = (line.get_xdata().tolist() for line in panels["range"].lines)
+    assert bound == [layer.bound for layer in found.layers]
+    assert training == [layer.range_training for layer in found.layers]
+    assert evaluation == [layer.range_evaluation for layer in found.layers]
+
+
+def test_without_scores_the_picture_has_the_layers_only() -> None:
+    found = renorm.inspect(nn.Sequential(nn.BatchNorm1d(3)), torch.randn(20, 3).split(4))
+    assert [axes.get_title() for axes in found.plot().axes] == ["r", "d", "range"]
