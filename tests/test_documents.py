@@ -21,7 +21,16 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-PAGES = ["recurrent", "training-loops", "distributed", "several-forwards", "trained-models", "weight-decay"]
+EXPORTING = [
+    pytest.mark.slow,  # AOTInductor compiles C++
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
+]
+PAGES = [
+    "recurrent", "training-loops", "distributed", "several-forwards", "trained-models", "weight-decay",
+    "other-checkpoints", pytest.param("shipping", marks=EXPORTING),
+]  # fmt: skip
 
 
 @pytest.mark.usefixtures("process_group")

@@ -1,6 +1,7 @@
 """Batch normalization that means the same thing in training and at inference."""
 
 from . import functional, optim, samplers
+from .checkpoints import translate_state_dict
 from .convert import ConversionReport, convert, to_batchnorm
 from .inference.estimate import estimate
 from .inference.weigh import weigh
@@ -70,5 +71,6 @@ __all__ = [
     "samplers",
     "synchronize",
     "to_batchnorm",
+    "translate_state_dict",
     "weigh",
 ]

@@ -302,7 +302,9 @@ def _empty(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tenso
 
 
 def _statistics(x: Tensor, *statistics: Tensor) -> list[Tensor]:
-    return [statistic.to(_accumulation_dtype(x)) for statistic in statistics]
+    wide = _accumulation_dtype(x)
+    # a cast to its own dtype would hide a statistic from what folds exported graphs
+    return [statistic if statistic.dtype == wide else statistic.to(wide) for statistic in statistics]
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:

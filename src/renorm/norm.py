@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.fx.proxy import Proxy
 
 from . import functional as F
 from .activation import Activation, require_activation
@@ -166,7 +167,12 @@ class Norm(Tracked):
         """What comes after the activation; nothing, but for layers that hold modules of their own."""
         return y
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor | Proxy) -> None:
+        if isinstance(x, Proxy):
+            raise TypeError(
+                f"torch.fx cannot trace into {type(self).__name__}: replace it first, by renorm.to_batchnorm(model), "
+                "or make renorm.Norm a leaf of the tracer"
+            )
         if x.ndim not in self.input_ranks:
             ranks = " or ".join(f"{rank}d" for rank in self.input_ranks)
             raise ValueError(f"{type(self).__name__} takes {ranks} input, got x of shape {tuple(x.shape)}")

@@ -195,7 +195,9 @@ class Tracked(nn.Module):
     ) -> None:
         if self.track_running_stats:
             if local_metadata.get("version", 1) < 2:
-                state_dict.setdefault(prefix + "num_batches_tracked", torch.zeros((), dtype=torch.long))
+                own = self.num_batches_tracked
+                count = torch.zeros((), dtype=torch.long) if own.is_meta else own
+                state_dict.setdefault(prefix + "num_batches_tracked", count)
             for name in _STATISTICS:
                 loaded = state_dict.get(prefix + name)
                 if loaded is not None:  # load_state_dict(assign=True) would take over half precision

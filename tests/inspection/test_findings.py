@@ -24,8 +24,14 @@ def mode(gap: tuple[float, float, float], metric: str = "accuracy", composition:
     return ModeReport(metric, metric == "accuracy", score, score, None, Interval(*gap), shared)
 
 
-def test_a_healthy_layer_gives_no_finding() -> None:
-    assert find([HEALTHY, HEALTHY], []) == ()
+NOTHING = "nothing much is to be gained at evaluation"
+
+
+@pytest.mark.parametrize("modes", [[], [mode((0.01, -0.01, 0.03))], [mode((-0.05, -0.06, -0.04))]])
+def test_of_healthy_layers_it_says_that_nothing_is_to_be_gained(modes: list[ModeReport]) -> None:
+    findings = find([HEALTHY, HEALTHY], modes)
+    assert len(findings) == len(modes) + 1
+    assert NOTHING in str(findings[-1])
 
 
 @pytest.mark.parametrize(
@@ -67,15 +73,20 @@ def test_one_finding_tells_of_the_worst_layer_and_counts_the_others() -> None:
     [
         (mode((0.21, 0.19, 0.23)), ["evaluation loses 21.0 points of accuracy", "19.0 to 23.0", "try renorm.weigh"]),
         (mode((-0.21, -0.23, -0.19)), ["training mode loses 21.0 points", "renorm.convert(model, renorm.BatchRenorm)"]),
-        (mode((0.01, -0.01, 0.03)), ["agree", "nothing much is to be gained"]),
-        (mode((0.001, 0.0005, 0.002)), ["agree", "nothing much is to be gained"]),
+        (mode((0.01, -0.01, 0.03)), ["do not differ for sure"]),
+        (mode((0.001, 0.0005, 0.002)), ["do not differ for sure"]),
         (mode((0.4, 0.3, 0.5), "cross_entropy"), ["evaluation loses 0.4 of cross-entropy", "try renorm.weigh"]),
     ],
 )
 def test_the_gap_between_the_modes_is_told_with_its_interval(report: ModeReport, said: list[str]) -> None:
-    (finding,) = find([], [report])
+    finding = find([HEALTHY], [report])[0]
     assert finding.layer is None
     assert all(words in str(finding) for words in said), str(finding)
+
+
+def test_trouble_is_never_called_nothing() -> None:
+    for layers, modes in (([HEALTHY], [mode((0.2, 0.1, 0.3))]), ([replace(HEALTHY, between_within=5.0)], [])):
+        assert not any(NOTHING in str(finding) for finding in find(layers, modes))
 
 
 def test_what_is_read_from_the_batch_s_composition_is_told() -> None:

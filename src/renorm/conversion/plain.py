@@ -26,7 +26,10 @@ def obstacle(layer: Norm) -> str:
         The reason; empty if it can.
     """
     if layer.example_weight > 0:
-        return f"example_weight={layer.example_weight} is not 0, and set to 0 the outputs change"
+        return (
+            f"example_weight={layer.example_weight} weighs every example's own statistics in, which no fixed scale and "
+            "shift can; to fold, quantize or export as batch norm, set it to 0, which changes outputs"
+        )
     if layer.act is not None and not isinstance(layer, NormAct):
         return f"act={layer.act!r} is applied inside the layer"
     if not layer.track_running_stats and not (layer.examples_per_group is None and layer.channels_per_group == 1):

@@ -88,7 +88,7 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(own_forward)
     def forward(self: FusedForward, *args: Any, **kwargs: Any) -> Any:
-        plan = self._fused_plans[self.training]
+        plan = self._fused_plans[int(self.training)]
         if plan is None or kwargs or not plan.holds(self, args):
             return own_forward(self, *args, **kwargs)
         return plan.run(self, *args)

@@ -16,6 +16,10 @@ _SHIFT = 0.3
 _SCALE = 1.25
 _CLIPPED = 0.05
 _BEYOND_BOUND = 1.0
+_NOTHING = (
+    "running statistics describe the batches, and no batch depends on what it is made of: nothing much is to be gained "
+    "at evaluation"
+)
 
 
 def find(layers: Sequence[LayerReport], modes: Sequence[ModeReport]) -> tuple[Finding, ...]:
@@ -28,20 +32,24 @@ def find(layers: Sequence[LayerReport], modes: Sequence[ModeReport]) -> tuple[Fi
     Returns:
         The findings: of the model, then of its layers.
     """
-    return tuple(finding for finding in [*_of_modes(modes), *_of_layers(layers)] if finding is not None)
+    of_modes, of_layers = _of_modes(modes), [finding for finding in _of_layers(layers) if finding is not None]
+    if of_layers or any(map(_evaluation_loses, modes)):
+        return (*of_modes, *of_layers)
+    return (*of_modes, Finding(None, "none", 0.0, _NOTHING))
 
 
-def _of_modes(modes: Sequence[ModeReport]) -> Iterable[Finding | None]:
-    for mode in modes:
-        yield _gap(mode)
-    for mode in modes:
-        yield _composition(mode)
+def _evaluation_loses(mode: ModeReport) -> bool:
+    return mode.gap.low > 0 and mode.gap.mean >= _LEAST_GAP.get(mode.metric, 0)
+
+
+def _of_modes(modes: Sequence[ModeReport]) -> list[Finding]:
+    return [*map(_gap, modes), *filter(None, map(_composition, modes))]
 
 
 def _gap(mode: ModeReport) -> Finding:
     gap, size = mode.gap, _amount(mode.metric, abs(mode.gap.mean))
     interval = f"(95%: {_amount(mode.metric, gap.low, '')} to {_amount(mode.metric, gap.high, '')})"
-    if gap.low > 0 and gap.mean >= _LEAST_GAP.get(mode.metric, 0):
+    if _evaluation_loses(mode):
         text = (
             f"evaluation loses {size} against training mode on the same batches {interval}: running statistics do "
             "not describe single examples; try renorm.weigh(model, validation)"
@@ -54,10 +62,7 @@ def _gap(mode: ModeReport) -> Finding:
             "renorm.convert(model, renorm.BatchRenorm)"
         )
         return Finding(None, f"gap, {mode.metric}", gap.mean, text)
-    text = (
-        f"evaluation and training mode agree: {_amount(mode.metric, gap.mean)} apart {interval}; nothing much is to be "
-        "gained at evaluation"
-    )
+    text = f"evaluation and training mode do not differ for sure: {_amount(mode.metric, gap.mean)} apart {interval}"
     return Finding(None, f"gap, {mode.metric}", gap.mean, text)
 
 

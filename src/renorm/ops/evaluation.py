@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..activation import Activation
 from .composed import finish
 from .normalize import suits_kernels
-from .statistics import apply, center, pool, pool_running, spread
+from .statistics import pool_running
 
 
 def evaluate(
@@ -59,7 +59,9 @@ def evaluate(
 
 
 def _suits_kernels(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or x.numel() == 0 or not suits_kernels(x, residual):
+    if torch.compiler.is_compiling() or torch.jit._trace.is_tracing():  # what is exported must run where we are not
+        return False
+    if x.numel() == 0 or not suits_kernels(x, residual):
         return False
     needs_gradient = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, residual))
     return not (needs_gradient and torch.is_grad_enabled())
@@ -78,7 +80,7 @@ def _by_running(
     if k > 1:
         group = pool_running(running_mean, running_var, k)
         running_mean, running_var = (moment[0].repeat_interleave(k) for moment in (group.mean, group.var))
-    weight, bias = (None if p is None else p.to(running_mean.dtype) for p in (weight, bias))
+    weight, bias = (None if p is None else _as(running_mean.dtype, p) for p in (weight, bias))
     if mask is None:
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
     counted = mask.unsqueeze(1)
@@ -97,18 +99,44 @@ def _weigh(
     k: int,
     eps: float,
 ) -> Tensor:
-    running = pool_running(running_mean, running_var, k)  # (1, K)
-    view = x.unsqueeze(1)  # every example is a group: (G = N, 1, C, *S)
-    view_mask = None if mask is None else mask[:, None, None]
-    centered, drift, channel = center(view, view_mask)
-    example = pool(channel, k)  # (N, K)
-    alpha = example_weight if mask is None else (example.count > 0).to(running.var.dtype) * example_weight
-    difference = example.mean - running.mean
-    var = (1 - alpha) * running.var + alpha * example.var + alpha * (1 - alpha) * difference.square()
-    # x - mean, with mean = mu + alpha * (e - mu), from the example's centered channels
-    offset = channel.mean - spread(example.mean, k) - drift + spread((1 - alpha) * difference, k)
-    scale = spread((var + eps).rsqrt(), k)
-    y = apply(centered, scale, scale * offset, weight, bias)
-    if view_mask is not None:
-        y = y.where(view_mask, 0)
-    return y.squeeze(1).to(x.dtype)
+    view = _as(running_var.dtype, x).unflatten(1, (-1, k))  # (N, K, k, *S)
+    dims = list(range(2, view.ndim))
+    counted = None if mask is None else mask[:, None, None]
+    mean, centered = _centered(view, counted, dims)
+    var = _mean(centered.square(), counted, dims)
+    alpha = example_weight if counted is None else counted.any(dims, keepdim=True).to(var.dtype) * example_weight
+    if k > 1:
+        running_mean, running_var, _ = pool_running(running_mean, running_var, k)
+    running_mean, running_var = (t.view(-1, *[1] * len(dims)) for t in (running_mean, running_var))  # (K, 1, ...)
+    difference = mean - running_mean
+    var = (1 - alpha) * running_var + alpha * var + alpha * (1 - alpha) * difference.square()
+    scale = (var + eps).rsqrt()
+    shift = (1 - alpha) * difference * scale
+    if weight is not None:
+        gamma = _as(scale.dtype, weight).view(-1, k, *[1] * (len(dims) - 1))  # (K, k, 1, ...)
+        scale, shift = scale * gamma, shift * gamma
+    if bias is not None:
+        shift = shift + _as(scale.dtype, bias).view(-1, k, *[1] * (len(dims) - 1))
+    y = centered * scale + shift
+    if counted is not None:
+        y = y.where(counted, 0)
+    return _as(x.dtype, y.flatten(1, 2))
+
+
+def _centered(view: Tensor, counted: Tensor | None, dims: list[int]) -> tuple[Tensor, Tensor]:
+    mean = _mean(view if counted is None else view.where(counted, 0), counted, dims)
+    centered = view - mean
+    return mean, centered if counted is None else centered.where(counted, 0)
+
+
+def _mean(values: Tensor, counted: Tensor | None, dims: list[int]) -> Tensor:
+    """Mean over the counted elements of every example's channel group; the others are 0."""
+    if counted is None:
+        return values.mean(dims, keepdim=True)
+    count = counted.sum(dims, keepdim=True) * values.shape[2]
+    return values.sum(dims, keepdim=True) / count.clamp(min=1)
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    # a cast to its own dtype would hide a parameter from what folds exported graphs
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

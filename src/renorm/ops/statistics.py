@@ -6,6 +6,8 @@ Big tensors are viewed as (G, n, C, *S).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def center(view: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Moments]:
     dtype = torch.promote_types(view.dtype, torch.float32)
     dims = element_dims(view)
     if mask is None:
-        elements = view.shape[1] * view.shape[3:].numel()
+        elements = view.shape[1] * math.prod(view.shape[3:])  # numel() of a shape would fix it for export
         count = torch.full((view.shape[0], 1), elements, dtype=dtype, device=view.device)
         shift = view[:, : max(1, view.shape[1] // 8)].mean(dims, dtype=dtype)
         centered = view - expand(shift, view.ndim)

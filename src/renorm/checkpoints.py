@@ -1,0 +1,197 @@
+"""Checkpoints of other people's batch renormalization, under the names of ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .norm import Norm
+
+__all__ = ["translate_state_dict"]
+
+_NAMES = {
+    "weight": ("weight", "gamma", "scale"),
+    "bias": ("bias", "beta"),
+    "running_mean": ("running_mean", "moving_mean", "running_avg_mean", "avg_mean", "ra_mean", "mean"),
+    "running_var": ("running_var", "moving_variance", "running_avg_var", "avg_var", "ra_var", "var"),
+    "running_std": ("running_std", "moving_stddev", "running_avg_std"),
+    "num_batches_tracked": ("num_batches_tracked", "num_tracked_batch", "steps"),
+}
+_MEANINGS = {name: meaning for meaning, names in _NAMES.items() for name in names}
+# What only training uses: Keras's second set of statistics, and limits that were reached.
+_PASSED_OVER = {"renorm_mean", "renorm_stddev", "renorm_mean_weight", "renorm_stddev_weight", "r_max", "d_max", "N"}
+_NEUTRAL = {"weight": 1.0, "bias": 0.0}
+_ROUNDING = 1e-4  # of a moving average in float32, relative
+
+
+def translate_state_dict(
+    state: Mapping[str, Any],
+    model: nn.Module,
+    *,
+    names: Mapping[str, str] | None = None,
+    steps: int | None = None,
+) -> dict[str, Tensor]:
+    """Rename and convert the norm layers of another implementation's checkpoint, for `model.load_state_dict`.
+
+    Reads Keras's `BatchNormalization`, with and without `renorm=True`, and the PyTorch, Flax and Chainer
+    implementations of batch renormalization (docs/other-checkpoints.md lists them and their names). Running standard
+    deviations become variances such that evaluation is the same, whatever the layer's eps: running_var = running_std^2
+    - eps. Where the checkpoint has variances, the layer must have the eps it was trained with.
+
+    Args:
+        state: the checkpoint: tensors or arrays by name, with "." or "/" between the parts. For a single layer the
+            names are those of its numbers alone, "gamma" for example.
+        model: what will load the result, with norm layers of renorm or torch; not changed.
+        names: norm layers that the checkpoint calls otherwise: name there by name in the model ("" for a model that is
+            a layer itself).
+        steps: batches that layers have seen, (), where the checkpoint does not say; None for the model's own
+            num_batches_tracked. Batch renorm's limits start there.
+
+    Returns:
+        The state dict. A layer's scale and shift are 1 and 0 where the checkpoint has none; what belongs to no norm
+        layer of the model is as it was.
+
+    Raises:
+        ValueError: a layer has names that are not known, two for the same number, or none for its running statistics;
+            a shape does not fit; a scale or shift is there that the model's layer does not have; a standard deviation
+            is 0 or too small for the layer's eps; `names` has a layer that model or checkpoint do not have.
+
+    Source:
+        Ioffe 2017, algorithm 1, for moving averages of the standard deviation.
+
+    Example:
+        >>> import renorm
+        >>> layer = renorm.BatchRenorm2d(2, eps=1e-3)
+        >>> keras = {"bn/gamma:0": [1.0, 2.0], "bn/moving_mean:0": [0.0, 3.0], "bn/moving_stddev:0": [1.0, 2.0]}
+        >>> layer.load_state_dict(translate_state_dict(keras, layer, names={"": "bn"}, steps=10_000))
+        <All keys matched successfully>
+        >>> layer.running_var
+        tensor([0.9990, 3.9990])
+    """
+    if steps is not None and steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}")
+    layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if _tracks(module)}
+    keys: dict[str, list[str]] = {}  # of every module in the checkpoint
+    for key in state:
+        keys.setdefault(_split(key)[0], []).append(key)
+    modules = _modules(layers, keys, names or {})
+    taken = set(modules.values())
+    result = {key: _tensor(value) for key, value in state.items() if _split(key)[0] not in taken}
+    for name, module in modules.items():
+        for own, value in _translate(state, keys.get(module, []), name, layers[name], steps).items():
+            result[f"{name}.{own}" if name else own] = value
+    return result
+
+
+def _tracks(module: nn.Module) -> bool:
+    return isinstance(module, (Norm, _BatchNorm)) and module.running_mean is not None
+
+
+def _split(key: str) -> tuple[str, str]:
+    """Module and name of a number: ("conv1.bn", "gamma") of "conv1/bn/gamma:0"."""
+    module, _, leaf = _dotted(key).rpartition(".")
+    return module, leaf
+
+
+def _dotted(key: str) -> str:
+    return re.sub(r":\d+$", "", key).replace("/", ".")
+
+
+def _modules(layers: Iterable[str], keys: Mapping[str, list[str]], names: Mapping[str, str]) -> dict[str, str]:
+    """Names in the checkpoint of the layers that it has."""
+    for name, module in names.items():
+        if name not in layers:
+            raise ValueError(f"names has {name!r}, but the model's norm layers are {', '.join(map(repr, layers))}")
+        if _dotted(module) not in keys:
+            raise ValueError(f"names has {module!r}, but the checkpoint's modules are {', '.join(map(repr, keys))}")
+    modules = {name: _dotted(names.get(name, name)) for name in layers}
+    return {name: module for name, module in modules.items() if module in keys}
+
+
+def _translate(
+    state: Mapping[str, Any], keys: Iterable[str], name: str, layer: Any, steps: int | None
+) -> dict[str, Tensor]:
+    name = name or "(root)"
+    found = _by_meaning(keys, name)
+    missing = [_NAMES[m][0] for m in ("running_mean", "running_var") if m not in found]
+    if "running_std" in found:
+        missing = [m for m in missing if m != "running_var"]
+    if missing:
+        raise ValueError(
+            f"the checkpoint has no {' and no '.join(missing)} for {name}, under no name that is known. "
+            "Implementations that keep them in plain attributes lose them in a checkpoint: add them to state"
+        )
+    values = {
+        meaning: _tensor(state[key]) if meaning == "num_batches_tracked" else _flat(state[key], key, name, layer)
+        for meaning, key in found.items()
+    }
+    result = _affine(values, found, name, layer)
+    result["running_mean"] = values["running_mean"]
+    std = values.get("running_std")
+    result["running_var"] = values["running_var"] if std is None else _variance(std, found["running_std"], name, layer)
+    own = layer.num_batches_tracked if steps is None else torch.tensor(steps)
+    result["num_batches_tracked"] = values.get("num_batches_tracked", own).detach().clone().reshape(()).long()
+    return result
+
+
+def _by_meaning(keys: Iterable[str], name: str) -> dict[str, str]:
+    """What in the checkpoint is which number of a layer."""
+    found: dict[str, str] = {}
+    for key in keys:
+        leaf = _split(key)[1]
+        if leaf in _PASSED_OVER:
+            continue
+        meaning = _MEANINGS.get(leaf)
+        if meaning is None:
+            raise ValueError(f"the checkpoint has {key!r} for {name}; known are {', '.join(_MEANINGS)}")
+        if meaning in found:
+            raise ValueError(f"the checkpoint has both {found[meaning]!r} and {key!r} for {name}: leave out one")
+        found[meaning] = key
+    std = found.get("running_std")
+    if std is not None and "running_var" in found and _split(std)[1] != "moving_stddev":  # Keras keeps both
+        raise ValueError(f"the checkpoint has both {found['running_var']!r} and {std!r} for {name}: leave out one")
+    return found
+
+
+def _flat(value: Any, key: str, name: str, layer: Any) -> Tensor:
+    tensor = _tensor(value)
+    if tensor.numel() != layer.num_features or layer.num_features not in (1, *tensor.shape):
+        raise ValueError(
+            f"{key!r} must have one number for each of the num_features={layer.num_features} of {name}, "
+            f"got shape {tuple(tensor.shape)}"
+        )
+    return tensor.reshape(-1)
+
+
+def _affine(values: Mapping[str, Tensor], found: Mapping[str, str], name: str, layer: Any) -> dict[str, Tensor]:
+    result = {}
+    for own, neutral in _NEUTRAL.items():
+        parameter, value = getattr(layer, own), values.get(own)
+        if parameter is not None:
+            result[own] = torch.full_like(parameter.detach(), neutral) if value is None else value
+        elif value is not None and not bool((value == neutral).all()):
+            raise ValueError(f"{found[own]!r} is not {neutral:g} throughout, but {name} has no {own}")
+    return result
+
+
+def _variance(std: Tensor, key: str, name: str, layer: Any) -> Tensor:
+    if not bool((std > 0).all()):
+        raise ValueError(f"{key!r} must be above 0, got {std.min().item():.3g}")
+    square = std.double().square()
+    least = square.min().item()
+    if least < layer.eps * (1 - _ROUNDING):
+        raise ValueError(
+            f"{key!r} has a standard deviation of {least**0.5:.3g}, but {name} divides by sqrt(eps) or more, with "
+            f"eps={layer.eps:g}: make it with eps={0.9 * least:.2g} or less"
+        )
+    var: Tensor = (square - layer.eps).clamp(min=0)
+    return var.to(torch.promote_types(std.dtype, torch.float32))
+
+
+def _tensor(value: Any) -> Tensor:
+    return value.detach() if isinstance(value, Tensor) else torch.tensor(value)
