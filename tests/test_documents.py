@@ -29,7 +29,7 @@ EXPORTING = [
 ]
 PAGES = [
     "recurrent", "training-loops", "distributed", "several-forwards", "trained-models", "weight-decay",
-    "other-checkpoints", pytest.param("shipping", marks=EXPORTING),
+    "other-checkpoints", "finetuning", "shift", pytest.param("shipping", marks=EXPORTING),
 ]  # fmt: skip
 
 

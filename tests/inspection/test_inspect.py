@@ -284,7 +284,7 @@ def test_a_torchmetrics_metric_scores_the_modes() -> None:
     assert by_metric.evaluation.mean == pytest.approx(by_name.evaluation.mean)
 
 
-def test_layers_of_timm_and_compiled_models_are_seen() -> None:
+def test_layers_of_timm_are_seen() -> None:
     torch.manual_seed(0)
     model = timm.create_model("mobilenetv3_small_050", num_classes=4)
     data = [(torch.randn(4, 3, 32, 32), torch.randint(4, (4,))) for _ in range(2)]
@@ -293,6 +293,18 @@ def test_layers_of_timm_and_compiled_models_are_seen() -> None:
         name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)
     ]
     assert all(layer.batches == 2 for layer in found.layers)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_model_is_looked_at_as_it_is_uncompiled() -> None:
+    model, data = network(nn.BatchNorm2d), batches()
+    compiled = torch.compile(model, backend="eager")
+    compiled(data[0][0])
+    frames = torch._dynamo.utils.counters["frames"]["total"]
+    found, expected = renorm.inspect(compiled, data), renorm.inspect(model, data)
+    assert [layer.r for layer in found.layers] == [layer.r for layer in expected.layers]
+    assert found.modes == expected.modes
+    assert torch._dynamo.utils.counters["frames"]["total"] == frames  # nothing was compiled for it
 
 
 def test_a_layer_that_no_batch_reaches_is_told() -> None:

@@ -76,6 +76,8 @@ def target(batch: Any) -> Any:
 def modes(model: nn.Module, training: set[nn.Module]) -> Iterator[None]:
     """Put a model into evaluation mode, but for some modules, and restore every module's mode at the end.
 
+    Meanwhile nothing is compiled: neither are a few passes worth it, nor would hooks and example weights be the same.
+
     Args:
         model: the model.
         training: modules that are in training mode meanwhile.
@@ -87,7 +89,8 @@ def modes(model: nn.Module, training: set[nn.Module]) -> Iterator[None]:
     try:
         for module in before:
             module.training = module in training
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, mode in before.items():
             module.training = mode
