@@ -188,3 +188,32 @@ def test_numbers_of_the_page_on_shifted_images_are_those_of_the_table() -> None:
         ]
         assert {len(runs) for runs in by_condition} == {3}
         assert numbers == [f"{mean(float(run['accuracy']) for run in runs):.1f}" for runs in by_condition]
+
+
+def test_networks_of_few_classes_a_batch_are_trained_inspected_and_weighed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_here(monkeypatch, "trained", "--steps", 30, "--seeds", 1, "--out", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"trained-digits.csv", "trained-digits.png"}
+    rows = table(tmp_path / "trained-digits.csv")
+    assert [(row["regime"], row["metric"]) for row in rows] == [
+        (regime, metric) for regime in ("independent", "few classes") for metric in ("accuracy", "cross_entropy")
+    ]
+    assert float(rows[0]["between_within"]) < 1.5 < 3 < float(rows[2]["between_within"])
+    for row in rows:
+        assert float(row["gain_low"]) <= float(row["gain"]) <= float(row["gain_high"])
+        assert float(row["passes"]) <= 8
+
+
+def test_numbers_of_the_page_on_trained_models_are_those_of_the_tables() -> None:
+    found = [row for row in cells("trained-models", 5) if row[0].startswith(("digits", "cifar100"))]
+    assert len(found) == 4
+    for label, *numbers in found:
+        data, regime = label.split(", ")
+        rows = [row for row in table(EXAMPLES / "results" / f"trained-{data}.csv") if row["metric"] == "accuracy"]
+        runs = [row for row in rows if row["regime"] == regime]
+        sure = sum(float(run["gain_low"]) > 0 for run in runs)
+        varies = f"{mean(float(run['between_within']) for run in runs):.1f}"
+        tests = [spread(runs, column, 1) for column in ("test_before", "test_after")]
+        assert numbers == [varies, f"{sure} of {len(runs)}", *tests]
+        assert {run["worst"] for run in runs} == {"none" if regime == "independent" else "between_within"}

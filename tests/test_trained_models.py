@@ -89,7 +89,7 @@ def test_inspect_sees_every_norm_layer(given: tuple[nn.Module, list[Any]]) -> No
         assert layer.batches == 3
         assert layer.range_training <= layer.bound
         assert layer.shift < 0.05, layer.name  # the statistics are of these data
-        assert layer.scale == pytest.approx(1, abs=0.05), layer.name
+        assert layer.scale == pytest.approx(1, abs=0.1), layer.name
     assert [mode.metric for mode in found.modes] == ["accuracy", "cross_entropy"]
 
 
@@ -132,8 +132,9 @@ def count_norms(model: nn.Module) -> int:
 def check_in_onnx_runtime(model: nn.Module, x: Tensor, path: Path) -> None:
     """To 1e-5, or to what float32 leaves of the outputs of a deep network: its own distance from float64."""
     torch.onnx.export(
-        model, (x[:2],), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False
-    )
+        model, (x[:2],), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
+        optimize=False,  # which takes most of the time, for a faster file
+    )  # fmt: skip
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     exact = copy.deepcopy(model).double()
     for n in (1, 5):
