@@ -61,9 +61,10 @@ def independent() -> nn.Module:
     return trained(dependent=False)
 
 
-def scores_by_hand(model: nn.Module, alpha: float, x: Tensor) -> Tensor:
+def scores_by_hand(model: nn.Module, alphas: float | dict[str, float], x: Tensor) -> Tensor:
     """The network's outputs with every batch norm layer written out."""
-    for module in model:
+    for name, module in model.named_children():
+        alpha = alphas[name] if isinstance(alphas, dict) and name in alphas else alphas
         if not isinstance(module, nn.BatchNorm2d | renorm.BatchNorm2d):
             x = module(x)
             continue
@@ -367,3 +368,17 @@ def test_the_bar_is_shown_only_to_somebody_who_watches(
     assert "weighing" in capsys.readouterr().err
     renorm.weigh(copy.deepcopy(independent), LOADER, show_progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_a_weight_for_each_layer_is_that_of_a_sweep_by_hand(dependent: nn.Module) -> None:
+    """EvalNorm's rule, with the weights that were found."""
+    model = copy.deepcopy(dependent)
+    found = renorm.weigh(model, LOADER, "cross_entropy", per="layer")
+    assert list(found.alphas) == ["1", "5"]
+    with torch.no_grad():
+        for alphas in (dict(found.alphas), {"1": 0.25, "5": 0.0}, {"1": 0.0, "5": 0.6}):
+            for name, alpha in alphas.items():
+                model[int(name)].example_weight = alpha
+            torch.testing.assert_close(
+                model.eval()(X[HELD_OUT]), scores_by_hand(dependent, alphas, X[HELD_OUT]), rtol=1e-5, atol=1e-5
+            )

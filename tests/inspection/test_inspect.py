@@ -17,6 +17,7 @@ import renorm
 
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "nn.BatchNorm": nn.BatchNorm2d,
+    "nn.SyncBatchNorm": nn.SyncBatchNorm,
     "batch norm": renorm.BatchNorm2d,
     "batch renorm": lambda c: renorm.BatchRenorm2d(c, limits=renorm.Limits.constant(1.5, 0.5)),
     "ghost": lambda c: renorm.GhostBatchNorm2d(c, 2),
