@@ -27,9 +27,14 @@ EXPORTING = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
 ]
+FRAMEWORKS = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+]
 PAGES = [
     "recurrent", "training-loops", "distributed", "several-forwards", "trained-models", "weight-decay",
-    "other-checkpoints", "finetuning", "shift", pytest.param("shipping", marks=EXPORTING),
+    "other-checkpoints", "finetuning", "shift", pytest.param("integrations", marks=FRAMEWORKS),
+    pytest.param("shipping", marks=EXPORTING),
 ]  # fmt: skip
 
 

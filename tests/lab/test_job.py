@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
 
 from renorm.lab import job
 from renorm.lab.cli import main
@@ -23,7 +26,10 @@ from renorm.lab.training import train
 
 from .conftest import arrays
 
-FILES = {"results.csv", "curves.csv", "table.md", "bars.png", "curves.png", "command.txt", "settings.json"}
+FILES = {
+    "results.csv", "curves.csv", "measures.csv", "table.md", "bars.png", "curves.png", "command.txt", "config.yaml",
+    "provenance.json", "logs",
+}  # fmt: skip
 
 
 def rows(folder: Path, ignore: tuple[str, ...] = ("seconds",)) -> list[dict[str, str]]:
@@ -56,11 +62,11 @@ def test_workers_and_this_process_give_the_same_results(noniid: NonIid, tmp_path
 def test_interrupted_job_continues_with_the_missing_runs(noniid: NonIid, tmp_path: Path, monkeypatch):
     trained: list[str] = []
 
-    def train_two(run, dataset, progress):
+    def train_two(run, dataset, recipe, progress):
         if len(trained) == 2:
             raise KeyboardInterrupt
         trained.append(str(run))
-        return train(run, dataset, progress)
+        return train(run, dataset, recipe, progress)
 
     monkeypatch.setattr("renorm.lab.execution.train", train_two)
     with pytest.raises(KeyboardInterrupt):
@@ -83,6 +89,41 @@ def test_finished_job_only_reports(noniid: NonIid, monkeypatch):
     assert (noniid.folder / "results.csv").read_text() == before
 
 
+def test_folder_of_an_older_version_goes_on_or_is_refused(noniid: NonIid):
+    job.carry_out(noniid, "")
+    options = yaml.safe_load((noniid.folder / "config.yaml").read_text())
+    for name in ("config.yaml", "provenance.json"):
+        (noniid.folder / name).unlink()
+    old = {"recipe": "noniid"} | {name: options[name] for name in ("data", "steps", "seeds", "methods", "lr")}
+    (noniid.folder / "settings.json").write_text(json.dumps(old))
+    job.carry_out(noniid, "")
+    (noniid.folder / "settings.json").write_text(json.dumps(old | {"steps": 19}))
+    (noniid.folder / "config.yaml").unlink()
+    with pytest.raises(LabError, match=r"holds results with steps = 19, not 20"):
+        job.carry_out(noniid, "")
+
+
+def test_folder_says_where_it_comes_from(noniid: NonIid):
+    job.carry_out(noniid, "renorm run noniid --steps 20")
+    origin = json.loads((noniid.folder / "provenance.json").read_text())
+    assert origin["recipe"] == "noniid"
+    assert origin["command"] == "renorm run noniid --steps 20"
+    assert origin["seeds"] == [0]
+    assert origin["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_config_is_read_back(noniid: NonIid, monkeypatch):
+    job.carry_out(noniid, "")
+    monkeypatch.setattr("renorm.lab.execution.train", None)
+    assert main(["run", "noniid", "--config", str(noniid.folder / "config.yaml")]) == 0
+
+
+def test_folder_of_another_recipe_is_refused(noniid: NonIid):
+    job.carry_out(noniid, "")
+    with pytest.raises(LabError, match=r"holds results with recipe = noniid, not microbatch"):
+        job.carry_out(Microbatch(seeds=1, steps=20, out=noniid.folder), "")
+
+
 def test_folder_of_other_settings_is_refused(noniid: NonIid):
     job.carry_out(noniid, "")
     with pytest.raises(LabError, match=r"holds results with steps = 20, not 21"):
@@ -97,7 +138,7 @@ def test_damaged_results_are_named(noniid: NonIid):
         job.carry_out(noniid, "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_process_leaves_finished_runs_and_no_worker(tmp_path: Path, number: signal.Signals):
     out = tmp_path / "out"
     arguments = ["run", "noniid", "--seeds=3", "--steps=300", "--methods=[batch_norm]", f"--out={out}"]
@@ -107,7 +148,7 @@ def test_stopped_process_leaves_finished_runs_and_no_worker(tmp_path: Path, numb
     while not (out / "results.csv").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(number)
-    assert process.wait(60) == (130 if number == signal.SIGINT else -number)
+    assert process.wait(60) == (-number if number == signal.SIGKILL else 130)
     assert 1 <= len(rows(out)) < 6
     while group_lives(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)

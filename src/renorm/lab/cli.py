@@ -1,18 +1,23 @@
-"""The command line: `renorm run RECIPE`, `renorm list` and `renorm inspect MODEL`."""
+"""The command line: `renorm run RECIPE`, `renorm list`, `renorm report FOLDER...` and `renorm inspect MODEL`."""
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from .errors import LabError
 from .inspection import inspect_model
 from .job import carry_out
+from .recipe import Scale
 from .recipes import RECIPES
+from .report import report
 
 _INTERRUPTED = 130  # what shells expect after Ctrl-C
 
@@ -27,13 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for an error, 130 for an interrupt.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args([_with(argument, "-", "_") for argument in arguments])
+    options = _parser(_scale(arguments)).parse_args([_with(argument, "-", "_") for argument in arguments])
     if options.command == "list":
         print(_recipe_list())
         return 0
     try:
         if options.command == "inspect":
             inspect_model(**options.inspect.as_dict())
+            return 0
+        if options.command == "report":
+            report(**options.report.as_dict())
             return 0
         return _run(options.run, shlex.join(["renorm", *arguments]))
     except LabError as error:
@@ -42,13 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: Namespace, command: str) -> int:
-    recipe = RECIPES[options.recipe](**options[options.recipe].as_dict())
+    recipe = RECIPES[options.recipe](**_fields(options[options.recipe]))
     try:
         carry_out(recipe, command)
     except KeyboardInterrupt:
         print(f"Interrupted. Finished runs are in {recipe.folder}; the same command continues.", file=sys.stderr)
         return _INTERRUPTED
     return 0
+
+
+def _fields(options: Namespace) -> dict[str, Any]:
+    return {name: value for name, value in options.as_dict().items() if name != "config"}
 
 
 class _HelpFormatter(DefaultHelpFormatter):
@@ -66,7 +78,18 @@ def _with(option: str, old: str, new: str) -> str:
     return f"--{name.replace(old, new)}{equals}{value}"
 
 
-def _parser() -> ArgumentParser:
+def _scale(arguments: Sequence[str]) -> Scale | None:
+    """The scale that is asked for, whose defaults the other options, and --help, go by."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--scale", choices=get_args(Scale))
+    try:
+        scale: Scale | None = parser.parse_known_args(arguments)[0].scale
+    except argparse.ArgumentError:
+        return None  # the parser that knows all options says what is wrong
+    return scale
+
+
+def _parser(scale: Scale | None) -> ArgumentParser:
     # Parsers of commands take over the formatter.
     description = "Experiments with normalization layers, and a look at those of a model."
     parser = ArgumentParser(prog="renorm", description=description, formatter_class=_HelpFormatter)
@@ -77,10 +100,19 @@ def _parser() -> ArgumentParser:
     looking = ArgumentParser(description=_description(inspect_model))
     looking.add_function_arguments(inspect_model, as_group=False, as_positional=True)
     commands.add_subcommand("inspect", looking, help="look at a trained model's norm layers")
+    reporting = ArgumentParser(description=_description(report))
+    reporting.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="what `renorm run` wrote")
+    reporting.add_function_arguments(report, as_group=False, skip={"folders"})
+    commands.add_subcommand("report", reporting, help="compare results with the papers' claims")
     recipes = run.add_subcommands(dest="recipe", title="recipes", metavar="RECIPE")
     for name, recipe in RECIPES.items():
         options = ArgumentParser(description=_description(recipe))
+        options.add_argument(
+            "--config", action="config", help="YAML file of options, such as an earlier run's config.yaml"
+        )
         options.add_class_arguments(recipe, as_group=False)
+        if scale is not None:
+            options.set_defaults({"scale": scale, **recipe.scales[scale]})
         recipes.add_subcommand(name, options, help=recipe.title)
     return parser
 
@@ -90,4 +122,8 @@ def _description(documented: object) -> str:
 
 
 def _recipe_list() -> str:
-    return "\n".join(f"{name:<12}{recipe.title}" for name, recipe in RECIPES.items())
+    width = max(map(len, RECIPES)) + 2
+    return "\n".join(
+        f"{name:<{width}}{recipe.title}\n{'':<{width}}{recipe.source}: {recipe.claim}"
+        for name, recipe in RECIPES.items()
+    )

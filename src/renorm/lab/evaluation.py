@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import renorm
 
 from .data import Dataset, Part
+from .objectives import Score, make_scoring
+from .runs import Run
 
 ALPHAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 _BATCH_SIZE = 500
-
-
-@dataclass(frozen=True)
-class Score:
-    """Quality on a part of the data.
-
-    Args:
-        accuracy: share of examples classified correctly, in [0, 1].
-        loss: mean cross-entropy in nats.
-    """
-
-    accuracy: float
-    loss: float
 
 
 def set_example_weight(model: nn.Module, alpha: float) -> None:
@@ -43,11 +30,14 @@ def set_example_weight(model: nn.Module, alpha: float) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, dataset: Dataset, part: Part, alpha: float = 0.0, examples: int | None = None) -> Score:
-    """Accuracy and loss of a network in evaluation mode; its mode is restored.
+def evaluate(
+    model: nn.Module, run: Run, dataset: Dataset, part: Part, alpha: float = 0.0, examples: int | None = None
+) -> Score:
+    """Quality of a network in evaluation mode; its mode is restored.
 
     Args:
         model: the network.
+        run: says what counts, and in which precision.
         dataset: data that `part` belongs to.
         part: what to evaluate on.
         alpha: example weight.
@@ -56,18 +46,16 @@ def evaluate(model: nn.Module, dataset: Dataset, part: Part, alpha: float = 0.0,
     Returns:
         The score.
     """
-    images, labels = part.images[:examples], part.labels[:examples]
-    training = model.training
+    training, scoring = model.training, make_scoring(run)
     model.eval()
     set_example_weight(model, alpha)
-    correct, loss = 0, 0.0
-    for batch, target in zip(images.split(_BATCH_SIZE), labels.split(_BATCH_SIZE), strict=True):
-        logits = model(dataset.standardize(batch))
-        correct += int((logits.argmax(1) == target).sum())
-        loss += float(F.cross_entropy(logits, target, reduction="sum"))
+    for images, labels in part.chunks(_BATCH_SIZE, examples):
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=run.precision == "bf16-mixed"):
+            output = model(dataset.standardize(images))
+        scoring.add(output.float(), labels)
     set_example_weight(model, 0.0)
     model.train(training)
-    return Score(correct / len(labels), loss / len(labels))
+    return scoring.score()
 
 
 def best_alpha(accuracy: Mapping[float, float]) -> float:

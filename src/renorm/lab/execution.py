@@ -13,6 +13,7 @@ import torch
 
 from .data import Dataset
 from .errors import LabError
+from .recipe import Recipe
 from .runs import Result, Run
 from .training import train
 from .worker import start_worker, train_in_worker
@@ -23,12 +24,13 @@ Show = Callable[[Sequence[int]], None]
 _POLL_SECONDS = 0.1
 
 
-def run_here(runs: Sequence[Run], dataset: Dataset, keep: Keep, show: Show) -> None:
+def run_here(runs: Sequence[Run], dataset: Dataset, recipe: Recipe, keep: Keep, show: Show) -> None:
     """Carry out runs one after the other in this process, with one thread, so that results are those of workers.
 
     Args:
         runs: the runs.
         dataset: the data, on the device to train on.
+        recipe: how to carry them out.
         keep: called with each finished run and its result.
         show: called after each step with the number of steps done of each run.
 
@@ -43,18 +45,18 @@ def run_here(runs: Sequence[Run], dataset: Dataset, keep: Keep, show: Show) -> N
             show(steps_done)
 
         with _naming(run), _one_thread():
-            result = train(run, dataset, progress)
+            result = train(run, dataset, recipe, progress)
         keep(run, result)
 
 
-def run_in_processes(runs: Sequence[Run], load: Callable[[], Dataset], workers: int, keep: Keep, show: Show) -> None:
+def run_in_processes(runs: Sequence[Run], recipe: Recipe, workers: int, keep: Keep, show: Show) -> None:
     """Carry out runs side by side in processes of one thread each, which is what small networks use best.
 
     An interrupt reaches this process alone, which then stops the workers at their next step.
 
     Args:
         runs: the runs.
-        load: loads the data; called once in each worker, so it must be picklable.
+        recipe: how to carry them out; its data are loaded in each worker.
         workers: number of processes.
         keep: called in this process with each finished run and its result.
         show: called in this process several times a second with the number of steps done of each run.
@@ -65,7 +67,7 @@ def run_in_processes(runs: Sequence[Run], load: Callable[[], Dataset], workers: 
     context = multiprocessing.get_context("spawn")
     steps_done = context.RawArray("q", len(runs))  # plain shared memory: no lock that a dying worker could keep
     stop = context.RawValue("b", 0)
-    with ProcessPoolExecutor(workers, context, start_worker, (load, steps_done, stop)) as pool:
+    with ProcessPoolExecutor(workers, context, start_worker, (recipe, steps_done, stop)) as pool:
         with _ignoring_interrupts():  # inherited by the workers, which start here
             waiting = {pool.submit(train_in_worker, run, index): index for index, run in enumerate(runs)}
         try:
@@ -95,7 +97,7 @@ def _naming(run: Run) -> Iterator[None]:
         yield
     except BrokenProcessPool:  # says nothing about this run
         raise
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise LabError(f"{run}: {error}") from error
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import renorm
 from renorm.samplers import ClassBatchSampler, RandomBatchSampler
@@ -92,6 +91,5 @@ def _loader(dataset: Dataset, batch_size: int, classes: int | None, batches: int
         if batch_size % classes:
             raise LabError(f"batch_size must be a multiple of classes_per_batch={classes}, got {batch_size}")
         sampler = ClassBatchSampler(part.labels, classes, batch_size // classes, batches_per_epoch=batches)
-    return islice(
-        DataLoader(TensorDataset(dataset.standardize(part.images), part.labels), batch_sampler=sampler), batches
-    )
+    drawn = islice(sampler, batches)
+    return ((dataset.standardize(part.take(indices)), part.labels[indices]) for indices in drawn)

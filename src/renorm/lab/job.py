@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
-from functools import partial
+import shutil
 
 import torch
 from rich.console import Console
 
+from . import ranks
 from .batches import batch_sampler
-from .data import Dataset, load_dataset
+from .checkpoints import Checkpoints
+from .data import Dataset
 from .errors import LabError
 from .execution import run_here, run_in_processes
-from .methods import norm_factory
-from .models import build_model
+from .interrupts import hearing_termination
+from .loggers import check_logger
+from .network import make_network
 from .plots import plot_bars, plot_curves
 from .progress import RunProgress
+from .provenance import open_folder
 from .recipe import Recipe
 from .runs import Result, Run
-from .store import Results, open_folder, read_results, replace_text, write_results
+from .store import Results, file_stem, read_results, replace_text, write_results
 from .summary import markdown_table, summarize, terminal_table
 
 
 def carry_out(recipe: Recipe, command: str) -> None:
     """Carry out a recipe, or what is missing of it, and write and print its report.
+
+    Under torchrun all ranks call this, and train each run together; rank 0 alone writes.
 
     Args:
         recipe: the recipe with its options.
@@ -32,41 +37,59 @@ def carry_out(recipe: Recipe, command: str) -> None:
 
     Raises:
         LabError: data, options or the output folder are wrong, or a run failed.
-        KeyboardInterrupt: from outside; finished runs are kept.
+        KeyboardInterrupt: from outside, by Ctrl-C or SIGTERM; the same call continues.
     """
-    load = partial(load_dataset, recipe.data, recipe.data_root, recipe.image_size)
-    dataset = load()
+    ranks.join(recipe.device)
+    with ranks.first_one_first():  # it may have to download
+        dataset = recipe.load()
     runs = recipe.runs(dataset)
     _check(runs, dataset, recipe)
-    open_folder(recipe.folder, {"recipe": recipe.name} | asdict(recipe), command)
-    results = read_results(recipe.folder, runs)
+    results: Results = {}
+    if ranks.rank() == 0:
+        open_folder(recipe, command)
+        results = read_results(recipe.folder, runs)
+    results = ranks.from_first(results)
+    with hearing_termination():
+        _run_missing(recipe, runs, results, dataset)
+    if ranks.rank() == 0:
+        shutil.rmtree(recipe.folder / "checkpoints", ignore_errors=True)  # what is left where a process was killed
+        _report(recipe, _in_order(results, runs))
+
+
+def _run_missing(recipe: Recipe, runs: list[Run], results: Results, dataset: Dataset) -> None:
     missing = [run for run in runs if run not in results]
 
     def keep(run: Run, result: Result) -> None:
         results[run] = result
-        write_results(recipe.folder, _in_order(results, runs))
+        if ranks.rank() == 0:
+            write_results(recipe.folder, _in_order(results, runs))
+            Checkpoints(recipe.folder, run).remove()
 
     epoch_steps = [len(batch_sampler(run, dataset.train)) for run in missing]
     workers = min(recipe.workers or os.cpu_count() or 1, len(missing))
-    with RunProgress(missing, len(results), epoch_steps) as progress:
-        if workers > 1 and recipe.device == "cpu":
-            run_in_processes(missing, load, workers, keep, progress.show)
-        else:
-            run_here(missing, dataset.to(recipe.device), keep, progress.show)
-    _report(recipe, _in_order(results, runs))
+    with RunProgress(missing, len(results), epoch_steps, visible=ranks.rank() == 0) as progress:
+        if workers > 1 and recipe.device == "cpu" and ranks.number() == 1:
+            run_in_processes(missing, recipe, workers, keep, progress.show)
+        elif missing:
+            run_here(missing, dataset.to(ranks.device(recipe.device)), recipe, keep, progress.show)
 
 
 def _check(runs: list[Run], dataset: Dataset, recipe: Recipe) -> None:
     if not runs or len({run.key for run in runs}) < len(runs):
         raise LabError("options that are lists must have at least one element, and none of them twice")
+    if len({file_stem(run) for run in runs}) < len(runs):
+        raise LabError("names of methods and regimes must differ in more than punctuation, since files are named so")
+    check_logger(recipe)
     try:
         torch.empty(0, device=recipe.device)
     except (RuntimeError, AssertionError) as error:
         raise LabError(f"device {recipe.device} cannot be used: {str(error).splitlines()[0]}") from None
     for run in runs:
+        ranks.share_of(run, ranks.number())
         try:
             batch_sampler(run, dataset.train)
-            build_model(run.model, dataset.image_shape, dataset.num_classes, norm_factory(run))
+            with torch.device("meta"):  # shapes are checked, and weights take no time
+                make_network(run, dataset)
         except ValueError as error:
             raise LabError(f"{dataset.source}: {run}: {error}") from None
 
@@ -76,7 +99,7 @@ def _in_order(results: Results, runs: list[Run]) -> Results:
 
 
 def _report(recipe: Recipe, results: Results) -> None:
-    summary = summarize(results)
+    summary = summarize(results, recipe.score)
     title = f"{recipe.title}: {next(iter(results)).model} on {recipe.data}"
     replace_text(recipe.folder / "table.md", f"# {title}\n\n{markdown_table(summary)}")
     plot_bars(recipe.folder / "bars.png", summary, title)

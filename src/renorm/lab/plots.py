@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from io import StringIO
 from pathlib import Path
+from textwrap import fill
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,7 +20,9 @@ from .summary import Summary
 _COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _PANEL_WIDTH = 4.2  # inches
+_COLUMNS = 4  # panels side by side
 _DPI = 150
+_NARROW, _WIDE = 26, 36  # letters of a name on a line, beside one panel and beside several
 
 
 def plot_bars(path: Path, summary: Summary, title: str) -> None:
@@ -27,26 +33,7 @@ def plot_bars(path: Path, summary: Summary, title: str) -> None:
         summary: what to draw.
         title: stands above the panels.
     """
-    figure, panels = _panels(summary.regimes, title, height=1.6 + 0.55 * len(summary.methods))
-    places = np.arange(len(summary.methods))
-    for regime, axes in zip(summary.regimes, panels, strict=True):
-        for cells, offset, colour, label in (
-            (summary.off, -0.2, "#56B4E9", "off"),
-            (summary.on, 0.2, "#E69F00", "on (alpha chosen on validation)"),
-        ):
-            row = [cells[method, regime] for method in summary.methods]
-            means, deviations = [cell.mean for cell in row], [cell.deviation for cell in row]
-            axes.barh(places + offset, means, 0.38, xerr=deviations, color=colour, label=label,
-                      error_kw={"capsize": 2, "linewidth": 1})  # fmt: skip
-            for place, mean in zip(places + offset, means, strict=True):
-                axes.text(1, place, f"{mean:.1f}", va="center", fontsize=8)  # at the foot, away from the whiskers
-        axes.set(title=regime, xlabel="test accuracy in %", xlim=(0, 102))
-        axes.grid(axis="x", alpha=0.3)
-        axes.set_axisbelow(True)
-    panels[0].set_yticks(places, summary.methods)
-    panels[0].invert_yaxis()
-    spread = "" if summary.seeds == 1 else f"; bars: mean of {summary.seeds} seeds, whiskers: standard deviation"
-    _save(figure, panels[0], path, f"example weighing{spread}")
+    _save_png(draw_bars(summary, summary.regimes, title), path)
 
 
 def plot_curves(path: Path, results: Results, summary: Summary, title: str) -> None:
@@ -58,32 +45,123 @@ def plot_curves(path: Path, results: Results, summary: Summary, title: str) -> N
         summary: gives the order of methods and regimes.
         title: stands above the panels.
     """
-    figure, panels = _panels(summary.regimes, title, height=3.6)
-    for regime, axes in zip(summary.regimes, panels, strict=True):
-        for method, colour, marker in zip(summary.methods, _cycle(_COLOURS), _cycle(_MARKERS), strict=False):
+    _save_png(draw_curves(results, summary, summary.regimes, title), path)
+
+
+def draw_bars(summary: Summary, regimes: Sequence[str], title: str) -> Figure:
+    """Bars of some regimes.
+
+    Args:
+        summary: what to draw.
+        regimes: a panel for each.
+        title: stands above the panels.
+
+    Returns:
+        The figure.
+    """
+    figure, panels = _panels(regimes, title, height=1.6 + 0.55 * len(summary.methods))
+    places = np.arange(len(summary.methods))
+    for regime, axes in zip(regimes, panels, strict=True):
+        for cells, offset, colour, label in (
+            (summary.off, -0.2, "#56B4E9", "off"),
+            (summary.on, 0.2, "#E69F00", "on (alpha chosen on validation)"),
+        ):
+            finished = [(place + offset, cells[method, regime]) for place, method in zip(places, summary.methods,
+                        strict=True) if (method, regime) in cells]  # fmt: skip
+            at, means = [place for place, _ in finished], [cell.mean for _, cell in finished]
+            axes.barh(at, means, 0.38, xerr=[cell.deviation for _, cell in finished], color=colour, label=label,
+                      error_kw={"capsize": 2, "linewidth": 1})  # fmt: skip
+            for place, mean in zip(at, means, strict=True):
+                axes.text(1, place, f"{mean:.1f}", va="center", fontsize=8, zorder=5,
+                          bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.5})  # fmt: skip
+        axes.set(title=regime, xlabel=f"test {summary.score} in %", xlim=(0, 102))
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+    panels[0].set_yticks(places, _wrapped(summary.methods, len(panels)))
+    panels[0].invert_yaxis()
+    spread = "" if summary.seeds == "1 seed" else f"; bars: mean of {summary.seeds}, whiskers: standard deviation"
+    _add_legend(figure, f"example weighing{spread}")
+    return figure
+
+
+def draw_curves(results: Results, summary: Summary, regimes: Sequence[str], title: str) -> Figure:
+    """Curves of some regimes.
+
+    Args:
+        results: result of each run.
+        summary: gives the order of methods.
+        regimes: a panel for each.
+        title: stands above the panels.
+
+    Returns:
+        The figure.
+    """
+    figure, panels = _panels(regimes, title, height=3.6)
+    for regime, axes in zip(regimes, panels, strict=True):
+        for method, (colour, marker, line) in zip(summary.methods, _styles(), strict=False):
             curves = [result.curve for run, result in results.items() if (run.method, run.regime) == (method, regime)]
+            if not curves:
+                continue
             steps = [point.step for point in curves[0]]
             accuracy = 100 * np.array([[point.validation_accuracy for point in curve] for curve in curves])
-            axes.plot(steps, accuracy.mean(0), color=colour, marker=marker, markersize=3, linewidth=1.3, label=method)
+            axes.plot(steps, accuracy.mean(0), color=colour, marker=marker, linestyle=line, markersize=3, linewidth=1.3,
+                      label=method)  # fmt: skip
             axes.fill_between(steps, accuracy.min(0), accuracy.max(0), color=colour, alpha=0.12, linewidth=0)
         axes.set(title=regime, xlabel="training step")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("validation accuracy in %,\nwithout example weighing")
-    spread = "" if summary.seeds == 1 else f" (lines: mean of {summary.seeds} seeds, bands: smallest to largest)"
-    _save(figure, panels[0], path, f"method{spread}")
+    for axes in panels[::_COLUMNS]:
+        axes.set_ylabel(f"validation {summary.score} in %,\nwithout example weighing")
+    spread = "" if summary.seeds == "1 seed" else f" (lines: mean of {summary.seeds}, bands: smallest to largest)"
+    _add_legend(figure, f"method{spread}")
+    return figure
+
+
+def as_svg(figure: Figure) -> str:
+    """A figure as text, the same for the same figure.
+
+    Args:
+        figure: the figure.
+
+    Returns:
+        An SVG document.
+    """
+    text = StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "renorm"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
 
 
 def _panels(regimes: Sequence[str], title: str, height: float) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(max(2, len(regimes)) * _PANEL_WIDTH * 0.85 + 1, height + 1), layout="constrained")
-    figure.suptitle(title)
-    return figure, list(figure.subplots(1, len(regimes), sharey=True, squeeze=False)[0])
+    columns, rows = min(_COLUMNS, len(regimes)), math.ceil(len(regimes) / _COLUMNS)
+    width = _PANEL_WIDTH * 0.85 * columns + 1 if columns > 1 else 5.2
+    figure = Figure(figsize=(width, height * rows + 1), layout="constrained")
+    if title:
+        figure.suptitle(title)
+    panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    for spare in panels[len(regimes) :]:
+        spare.remove()
+    return figure, panels[: len(regimes)]
 
 
-def _cycle(values: Sequence[str]) -> list[str]:
-    return list(values) * 3  # more methods than that cannot be told apart anyway
+def _styles() -> Iterator[tuple[str, str, str]]:
+    """Colour, marker and line of one method after the other."""
+    for line in ("-", "--", ":"):  # more methods than that cannot be told apart anyway
+        yield from ((colour, marker, line) for colour, marker in zip(_COLOURS, _MARKERS, strict=True))
 
 
-def _save(figure: Figure, legend_of: Axes, path: Path, legend_title: str) -> None:
-    handles, labels = legend_of.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, title=legend_title)
+def _add_legend(figure: Figure, title: str) -> None:
+    drawn = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes)
+    handles = {label: handle for pairs in drawn for handle, label in pairs}  # not every method is in every panel
+    columns = 3
+    if len(figure.axes) == 1:
+        columns = 2 if max(map(len, handles)) <= _NARROW else 1
+        title = title.replace("; ", ";\n").replace(" (", "\n(")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, title=title)
+
+
+def _wrapped(names: Sequence[str], panels: int) -> list[str]:
+    return [fill(name, _NARROW if panels == 1 else _WIDE) for name in names]
+
+
+def _save_png(figure: Figure, path: Path) -> None:
     replace_file(path, lambda temporary: figure.savefig(temporary, dpi=_DPI, format="png"))

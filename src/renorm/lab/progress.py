@@ -19,9 +19,10 @@ class RunProgress:
         runs: the runs to carry out.
         finished: number of runs that were finished before.
         epoch_steps: steps of an epoch of each run.
+        visible: whether anything is shown.
     """
 
-    def __init__(self, runs: Sequence[Run], finished: int, epoch_steps: Sequence[int]) -> None:
+    def __init__(self, runs: Sequence[Run], finished: int, epoch_steps: Sequence[int], *, visible: bool = True) -> None:
         self._runs = runs
         self._before = finished
         self._epoch_steps = epoch_steps
@@ -33,6 +34,7 @@ class RunProgress:
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
+            disable=not visible,
         )
         self._total = self._progress.add_task("", total=sum(run.steps for run in runs))
         self._lines = [self._progress.add_task("", total=run.steps, visible=False) for run in runs]

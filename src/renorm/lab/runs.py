@@ -18,7 +18,7 @@ class Run:
         regime: column of the table, such as "i.i.d.".
         method: row of the table, such as "batch norm".
         tracking: rule by which the running variance moves, of `renorm.Norm`.
-        limits: whether batch renorm's correction applies, with `renorm.Limits.over(steps)`.
+        limits: whether batch renorm's correction applies, with the ramps of `renorm.Limits.over(steps)`.
         examples_per_group: examples that share statistics; None for the whole minibatch.
         channels_per_group: channels that share statistics.
         classes_per_batch: classes in a minibatch; None for independent examples.
@@ -26,10 +26,32 @@ class Run:
         batch_size: examples in a minibatch.
         forward_size: examples in a forward pass, if the minibatch goes through the network in parts; None for all.
         steps: training steps, one gradient each.
-        lr: learning rate at the start; it decays to 0 along a cosine.
+        lr: learning rate at the start.
         momentum: weight of a new minibatch in the running statistics.
         augment: whether training images are cropped and flipped at random.
         seed: of initialization, minibatches and augmentation.
+        replacement: whether the classes of a minibatch are drawn with replacement.
+        order: of the examples in a minibatch of few classes, as of `renorm.samplers.ClassBatchSampler`.
+        example_weight: alpha of evaluations "off": 0, or 1 for group norm, which knows no other.
+        r_max: limit of r once the ramp is over.
+        d_max: limit of d once the ramp is over.
+        plain_phase: length of the training's beginning without correction, as a multiple of the paper's.
+        ramps: length of the ramps after it, as a multiple of the paper's.
+        unclipped: layers without a bound on r and d after the plain phase: "none", "all", those "followed" by another
+            norm layer on every path to the output, or those "exposed", of which a path leads there without one.
+        train_gamma: whether gamma is trained; otherwise it stays 1.
+        variant: name of a change to the layer itself, one of `variants.VARIANTS`; "" for none.
+        optimizer: "sgd" with momentum 0.9, or "rmsprop" as TensorFlow has it.
+        schedule: "cosine" to 0, or "exponential": times 0.94 after every two epochs.
+        weight_decay: of all that is decayed.
+        norm_decay: whether gamma and beta are decayed too: "all", "none", "auto" (where no norm layer follows), or
+            "one" (all of them, gamma toward 1).
+        average: decay of the exponential moving average of weights and statistics that is evaluated; 0 for none.
+        objective: "classification", or "metric": embeddings that lie close for examples of one class.
+        pretraining_steps: steps of plain batch norm on the data set's other classes before the training.
+        pretrained: whether the training starts from the weights that timm or torchvision have for the model.
+        measures: what else is measured at the end, names of `measures.MEASURES`, with a plus sign between them.
+        precision: of the computation, one of Lightning Fabric's names.
     """
 
     recipe: str
@@ -50,6 +72,26 @@ class Run:
     momentum: float
     augment: bool
     seed: int
+    replacement: bool = False
+    order: str = "shuffle"
+    example_weight: float = 0.0
+    r_max: float = 3.0
+    d_max: float = 5.0
+    plain_phase: float = 1.0
+    ramps: float = 1.0
+    unclipped: str = "none"
+    train_gamma: bool = True
+    variant: str = ""
+    optimizer: str = "sgd"
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    norm_decay: str = "all"
+    average: float = 0.0
+    objective: str = "classification"
+    pretraining_steps: int = 0
+    pretrained: bool = False
+    measures: str = ""
+    precision: str = "32-true"
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -89,6 +131,7 @@ class Result:
         test_loss_on: cross-entropy in nats.
         seconds: of training and evaluation together.
         curve: points during training.
+        measures: pairs of a name and a number, of what else the run measures.
     """
 
     alpha: float
@@ -100,3 +143,4 @@ class Result:
     test_loss_on: float
     seconds: float
     curve: tuple[CurvePoint, ...]
+    measures: tuple[tuple[str, float], ...] = ()

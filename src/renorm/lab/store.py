@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import platform
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import renorm
 
@@ -21,21 +22,33 @@ from .runs import CurvePoint, Result, Run
 Results = dict[Run, Result]
 
 _KEY = ("regime", "method", "seed")
-_RESULT_COLUMNS = tuple(field.name for field in fields(Result) if field.name != "curve")
+_RESULT_COLUMNS = tuple(field.name for field in fields(Result) if field.name not in ("curve", "measures"))
+_MEASURE_COLUMNS = ("measure", "value")
 _CURVE_COLUMNS = tuple(field.name for field in fields(CurvePoint))
-_INDIFFERENT = ("out", "workers")  # options that do not change results
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that nobody ever sees half of it.
+    """Write a file so that nobody ever sees half of it, even if the machine loses power.
 
     Args:
         path: the file.
         write: writes to the path that it is given, which is then renamed.
+
+    Raises:
+        LabError: it cannot be written, as when the disk is full.
     """
     temporary = path.with_name(f".{path.name}.part")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # half a file would only fill the disk
+            raise
+        os.replace(temporary, path)
+    except OSError as error:
+        raise LabError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -48,46 +61,33 @@ def replace_text(path: Path, text: str) -> None:
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def open_folder(folder: Path, options: Mapping[str, object], command: str) -> None:
-    """Create the output folder, or make sure that it was made by the same recipe with the same options.
+def file_stem(run: Run) -> str:
+    """The name of a run in file names.
 
     Args:
-        folder: the folder.
-        options: recipe and options by name.
-        command: the command line, kept in command.txt.
+        run: the run.
 
-    Raises:
-        LabError: the folder cannot be used, or belongs to other options.
+    Returns:
+        REGIME-METHOD-SEED, with hyphens for everything that a file name had better not hold.
     """
-    settings = folder / "settings.json"
-    relevant = {name: _plain(value) for name, value in options.items() if name not in _INDIFFERENT}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if settings.exists():
-            _check_same(json.loads(settings.read_text(encoding="utf-8")), relevant, folder)
-        replace_text(settings, json.dumps(relevant, indent=2) + "\n")
-        replace_text(folder / "command.txt", command + "\n")
-    except (OSError, json.JSONDecodeError) as error:
-        raise LabError(f"{folder}: cannot be used for results: {error}") from None
+    return re.sub(r"[^\w.+=]+", "-", "-".join(map(str, run.key)))
 
 
-def _plain(value: object) -> object:
-    if isinstance(value, tuple):
-        return list(value)
-    return str(value) if isinstance(value, Path) else value
+def save_weights(folder: Path, run: Run, model: nn.Module) -> None:
+    """Keep a trained network, as weights/REGIME-METHOD-SEED.pt.
 
-
-def _check_same(before: Mapping[str, object], now: Mapping[str, object], folder: Path) -> None:
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise LabError(
-                f"{folder}: holds results with {name} = {before.get(name)}, not {now.get(name)}; "
-                f"choose another --out, or delete the folder"
-            )
+    Args:
+        folder: the output folder.
+        run: the run.
+        model: its network, whose state dict is kept.
+    """
+    path = folder / "weights" / f"{file_stem(run)}.pt"
+    path.parent.mkdir(exist_ok=True)
+    replace_file(path, lambda temporary: torch.save(model.state_dict(), temporary))
 
 
 def write_results(folder: Path, results: Results) -> None:
-    """Write results.csv, one row for each run, and curves.csv, one row for each point.
+    """Write results.csv, one row for each run, curves.csv, one for each point, and measures.csv, one for each measure.
 
     Args:
         folder: the output folder.
@@ -97,8 +97,15 @@ def write_results(folder: Path, results: Results) -> None:
     points = [_key_row(run) | asdict(point) for run, result in results.items() for point in result.curve]
     rows = [asdict(run) | {name: getattr(result, name) for name in _RESULT_COLUMNS} | versions
             for run, result in results.items()]  # fmt: skip
-    # The curves come first: a run counts as finished once it stands in results.csv.
+    measures = [
+        _key_row(run) | dict(zip(_MEASURE_COLUMNS, pair, strict=True))
+        for run, result in results.items()
+        for pair in result.measures
+    ]
+    # The others come first: a run counts as finished once it stands in results.csv.
     _write_csv(folder / "curves.csv", [*_KEY, *_CURVE_COLUMNS], points)
+    if measures:
+        _write_csv(folder / "measures.csv", [*_KEY, *_MEASURE_COLUMNS], measures)
     _write_csv(folder / "results.csv", list(rows[0]), rows)
 
 
@@ -122,11 +129,15 @@ def read_results(folder: Path, runs: Sequence[Run]) -> Results:
         for row in _read_csv(folder / "curves.csv"):
             point = CurvePoint(int(row["step"]), float(row["train_loss"]), float(row["validation_accuracy"]))
             curves.setdefault(tuple(row[name] for name in _KEY), []).append(point)
+        measures: dict[tuple[str, ...], list[tuple[str, float]]] = {}
+        for row in _read_csv(folder / "measures.csv"):
+            pair = row["measure"], float(row["value"])
+            measures.setdefault(tuple(row[name] for name in _KEY), []).append(pair)
         results = {}
         for row in _read_csv(path):
             key = tuple(row[name] for name in _KEY)
             numbers = {name: float(row[name]) for name in _RESULT_COLUMNS}
-            results[by_key[key]] = Result(**numbers, curve=tuple(curves[key]))
+            results[by_key[key]] = Result(**numbers, curve=tuple(curves[key]), measures=tuple(measures.get(key, ())))
     except (KeyError, ValueError, TypeError) as error:
         raise LabError(f"{path}: damaged, or of another version ({error!r}); delete it to start anew") from None
     return results

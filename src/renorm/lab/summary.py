@@ -10,6 +10,8 @@ from rich.table import Table as RichTable
 
 from .store import Results
 
+_UNFINISHED = "-"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -42,32 +44,54 @@ class Summary:
     Args:
         methods: rows.
         regimes: pairs of columns.
-        off: test accuracy without example weighing, by method and regime.
+        off: test score without example weighing, by method and regime; what is not finished is missing.
         on: the same with example weighing.
+        score: what is measured, in percent.
     """
 
     methods: Sequence[str]
     regimes: Sequence[str]
     off: dict[tuple[str, str], Cell]
     on: dict[tuple[str, str], Cell]
+    score: str = "accuracy"
 
     @property
-    def seeds(self) -> int:
-        """Seeds behind each cell."""
-        return len(next(iter(self.off.values())).values)
+    def seeds(self) -> str:
+        """Seeds behind a cell, such as "1 seed", "3 seeds" or, when some are not finished, "1 to 3 seeds"."""
+        counts = {len(cell.values) for cell in self.off.values()}
+        if counts == {1}:
+            return "1 seed"
+        return f"{max(counts)} seeds" if len(counts) == 1 else f"{min(counts)} to {max(counts)} seeds"
 
     @property
     def caption(self) -> str:
         """What the numbers are."""
-        seeds = "1 seed" if self.seeds == 1 else f"mean ± standard deviation over {self.seeds} seeds"
-        return f"Test accuracy in %, {seeds}. off, on: without and with example weighing (alpha chosen on validation)."
+        what = self.seeds if self.seeds == "1 seed" else f"mean ± standard deviation over {self.seeds}"
+        switches = "off, on: without and with example weighing (alpha chosen on validation)"
+        return f"Test {self.score} in %, {what}. {switches}."
+
+    @property
+    def header(self) -> list[str]:
+        """Names of the columns."""
+        return ["method", *(f"{regime}, {switch}" for regime in self.regimes for switch in ("off", "on"))]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """A line for each method."""
+        return [[method, *self._row(method)] for method in self.methods]
+
+    def _row(self, method: str) -> Iterable[str]:
+        for regime in self.regimes:
+            for cells in (self.off, self.on):
+                yield str(cells.get((method, regime), _UNFINISHED))
 
 
-def summarize(results: Results) -> Summary:
+def summarize(results: Results, score: str = "accuracy") -> Summary:
     """Gather the seeds of each method and regime.
 
     Args:
         results: result of each run, in the order of the table.
+        score: what is measured.
 
     Returns:
         The summary.
@@ -79,7 +103,7 @@ def summarize(results: Results) -> Summary:
         off[place] = _with(off.get(place), result.test_accuracy_off)
         on[place] = _with(on.get(place), result.test_accuracy_on)
     methods, regimes = (list(dict.fromkeys(names)) for names in zip(*off, strict=True))
-    return Summary(methods, regimes, off, on)
+    return Summary(methods, regimes, off, on, score)
 
 
 def _with(cell: Cell | None, accuracy: float) -> Cell:
@@ -95,9 +119,23 @@ def markdown_table(summary: Summary) -> str:
     Returns:
         Lines, ending with the caption.
     """
-    header = ["method", *_headings(summary)]
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *_rows(summary)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{summary.caption}\n"
+    return markdown_lines(summary.header, summary.rows) + f"\n{summary.caption}\n"
+
+
+def markdown_lines(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
+    """Any table in Markdown.
+
+    Args:
+        header: names of the columns.
+        rows: the lines.
+        numbers: whether columns after the first stand to the right.
+
+    Returns:
+        Lines.
+    """
+    ruler = ["---"] + ["---:" if numbers else "---"] * (len(header) - 1)
+    lines = ([cell.replace("|", "\\|") for cell in line] for line in (header, ruler, *rows))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def terminal_table(summary: Summary, title: str) -> RichTable:
@@ -112,18 +150,8 @@ def terminal_table(summary: Summary, title: str) -> RichTable:
     """
     table = RichTable(title=title, caption=summary.caption)
     table.add_column("method", min_width=len("batch-group"))
-    for heading in _headings(summary):
+    for heading in summary.header[1:]:
         table.add_column(heading.replace(", ", "\n"), justify="right")
-    for row in _rows(summary):
+    for row in summary.rows:
         table.add_row(*(cell.replace("± ", "±") for cell in row))  # in a narrow terminal lines break before the sign
     return table
-
-
-def _headings(summary: Summary) -> Iterable[str]:
-    return (f"{regime}, {switch}" for regime in summary.regimes for switch in ("off", "on"))
-
-
-def _rows(summary: Summary) -> Iterable[list[str]]:
-    for method in summary.methods:
-        places = [(method, regime) for regime in summary.regimes]
-        yield [method, *(str(cells[place]) for place in places for cells in (summary.off, summary.on))]

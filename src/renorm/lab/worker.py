@@ -5,19 +5,21 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, MutableSequence
+from collections.abc import MutableSequence
 from ctypes import c_byte
 from typing import NamedTuple
 
 import torch
 
 from .data import Dataset
+from .recipe import Recipe
 from .runs import Result, Run
 from .training import train
 
 
 class _Worker(NamedTuple):
     dataset: Dataset
+    recipe: Recipe
     steps_done: MutableSequence[int]
     stop: c_byte
 
@@ -29,18 +31,18 @@ class StoppedError(Exception):
     """The parent process wants no further step."""
 
 
-def start_worker(load: Callable[[], Dataset], steps_done: MutableSequence[int], stop: c_byte) -> None:
+def start_worker(recipe: Recipe, steps_done: MutableSequence[int], stop: c_byte) -> None:
     """Prepare this process for runs.
 
     Args:
-        load: loads the data.
+        recipe: how to carry runs out; its data are loaded.
         steps_done: shared with the parent, steps done of each run.
         stop: shared with the parent, not 0 once this process must stop.
     """
     global _worker
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _worker = _Worker(load(), steps_done, stop)
+    _worker = _Worker(recipe.load(), recipe, steps_done, stop)
 
 
 def train_in_worker(run: Run, index: int) -> Result:
@@ -57,14 +59,14 @@ def train_in_worker(run: Run, index: int) -> Result:
         StoppedError: the parent process said so.
     """
     assert _worker is not None, "start_worker comes first"
-    dataset, steps_done, stop = _worker
+    dataset, recipe, steps_done, stop = _worker
 
     def progress(step: int) -> None:
         steps_done[index] = step
         if stop.value:
             raise StoppedError
 
-    return train(run, dataset, progress)
+    return train(run, dataset, recipe, progress)
 
 
 def _die_with_parent() -> None:

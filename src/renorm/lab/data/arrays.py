@@ -38,6 +38,20 @@ def check_arrays(arrays: Arrays, source: str) -> None:
     Raises:
         LabError: a shape or type is wrong, a label is out of range, or a class is empty.
     """
+    check_shapes(arrays, source)
+    _check_classes(arrays, source)
+
+
+def check_shapes(arrays: Arrays, source: str) -> None:
+    """Refuse arrays that are no images or labels.
+
+    Args:
+        arrays: images and labels.
+        source: file or folder they come from, for the message.
+
+    Raises:
+        LabError: a shape or type is wrong.
+    """
     for part in ("train", "test"):
         _check_part(getattr(arrays, f"x_{part}"), getattr(arrays, f"y_{part}"), part, source)
     if arrays.x_train.shape[1:] != arrays.x_test.shape[1:]:
@@ -45,7 +59,6 @@ def check_arrays(arrays: Arrays, source: str) -> None:
             f"{source}: images of x_train and x_test must have one shape, "
             f"got {arrays.x_train.shape[1:]} and {arrays.x_test.shape[1:]}"
         )
-    _check_classes(arrays, source)
 
 
 def _check_part(x: Array, y: Array, part: str, source: str) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from ..errors import LabError
 from .arrays import Array, Arrays
+from .files import ImageFiles
 
 _VALIDATION_SHARE = 0.2
+_STATISTICS_FILES = 1_000  # images, evenly spaced, whose mean and standard deviation stand for those of a folder
 
 
 @dataclass(frozen=True)
@@ -19,19 +23,59 @@ class Part:
     """Images with labels.
 
     Args:
-        images: (N, C, H, W), uint8.
+        images: (N, C, H, W), uint8; or files.
         labels: (N,), int64.
     """
 
-    images: Tensor
+    images: Tensor | ImageFiles
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: str) -> Part:
-        """The part on a device."""
-        return Part(self.images.to(device), self.labels.to(device))
+        """The part on a device; files stay where they are."""
+        images = self.images if isinstance(self.images, ImageFiles) else self.images.to(device)
+        return Part(images, self.labels.to(device))
+
+    def take(self, indices: Sequence[int], augment: bool = False) -> Tensor:
+        """Some images, on the labels' device.
+
+        Args:
+            indices: which.
+            augment: for files, whether each is cut out and flipped at random.
+
+        Returns:
+            (N, C, H, W), uint8.
+        """
+        if isinstance(self.images, ImageFiles):
+            return self.images.take(indices, augment).to(self.labels.device)
+        return self.images[indices]
+
+    def subset(self, indices: Sequence[int]) -> Part:
+        """A part of the part.
+
+        Args:
+            indices: its examples.
+        """
+        images = self.images.subset(indices) if isinstance(self.images, ImageFiles) else self.images[indices]
+        return Part(images, self.labels[indices])
+
+    def chunks(self, size: int, examples: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The examples in their order.
+
+        Args:
+            size: examples at a time.
+            examples: number of first examples; by default all.
+
+        Yields:
+            Images, uint8, and labels.
+        """
+        stop = len(self) if examples is None else min(examples, len(self))
+        for first in range(0, stop, size):
+            last = min(first + size, stop)
+            images = self.images[first:last] if isinstance(self.images, Tensor) else self.take(range(first, last))
+            yield images, self.labels[first:last]
 
 
 @dataclass(frozen=True)
@@ -45,6 +89,7 @@ class Dataset:
         test: what is reported on.
         mean: of every channel over the training part, (C, 1, 1), in units of pixels.
         std: of every channel over the training part, (C, 1, 1), in units of pixels.
+        pretraining: images of other classes, to train on before.
     """
 
     source: str
@@ -53,6 +98,7 @@ class Dataset:
     test: Part
     mean: Tensor
     std: Tensor
+    pretraining: Part | None = None
 
     @property
     def num_classes(self) -> int:
@@ -62,7 +108,7 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width."""
-        channels, height, width = self.train.images.shape[1:]
+        _, channels, height, width = self.train.images.shape
         return channels, height, width
 
     def standardize(self, images: Tensor) -> Tensor:
@@ -85,15 +131,50 @@ class Dataset:
             test=self.test.to(device),
             mean=self.mean.to(device),
             std=self.std.to(device),
+            pretraining=None if self.pretraining is None else self.pretraining.to(device),
         )
 
 
 def make_dataset(arrays: Arrays, source: str) -> Dataset:
-    """Split off the validation part: a fifth of the training images, stratified, the same for every seed of a run.
+    """A data set of arrays.
 
     Args:
         arrays: checked images and labels.
         source: where they come from.
+
+    Returns:
+        The data set, with a validation part.
+
+    Raises:
+        LabError: there are too few images to split.
+    """
+    return split_validation(*array_parts(arrays), source)
+
+
+def array_parts(arrays: Arrays) -> tuple[Part, Part]:
+    """Arrays as tensors.
+
+    Args:
+        arrays: images and labels.
+
+    Returns:
+        What is for training, and what is for testing.
+    """
+    return _part(arrays.x_train, arrays.y_train), _part(arrays.x_test, arrays.y_test)
+
+
+def _part(x: Array, y: Array) -> Part:
+    return Part(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y).long())
+
+
+def split_validation(train: Part, test: Part, source: str, share: float = _VALIDATION_SHARE) -> Dataset:
+    """Split off the validation part, stratified, the same for every seed of a run.
+
+    Args:
+        train: all that is not for testing.
+        test: what is.
+        source: where they come from.
+        share: of the training images.
 
     Returns:
         The data set.
@@ -101,22 +182,32 @@ def make_dataset(arrays: Arrays, source: str) -> Dataset:
     Raises:
         LabError: there are too few images to split.
     """
-    x, y = arrays.x_train, arrays.y_train
+    everything, labels = np.arange(len(train)), train.labels.numpy()
     try:
-        x_train, x_val, y_train, y_val = train_test_split(x, y, test_size=_VALIDATION_SHARE, stratify=y, random_state=0)
+        kept, validation = train_test_split(everything, test_size=share, stratify=labels, random_state=0)
     except ValueError as error:
         raise LabError(f"{source}: cannot split off a validation part: {error}") from None
-    train = _part(x_train, y_train)
-    mean, std = _statistics(train.images)
-    return Dataset(source, train, _part(x_val, y_val), _part(arrays.x_test, arrays.y_test), mean, std)
+    return assemble(train.subset(kept.tolist()), train.subset(validation.tolist()), test, source)
 
 
-def _part(x: Array, y: Array) -> Part:
-    images = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
-    return Part(images, torch.from_numpy(y).long())
+def assemble(train: Part, validation: Part, test: Part, source: str) -> Dataset:
+    """A data set of its three parts.
+
+    Args:
+        train: what is trained on.
+        validation: what alpha is chosen on.
+        test: what is reported on.
+        source: where they come from.
+
+    Returns:
+        The data set.
+    """
+    return Dataset(source, train, validation, test, *_statistics(train.images))
 
 
-def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(images: Tensor | ImageFiles) -> tuple[Tensor, Tensor]:
+    if isinstance(images, ImageFiles):
+        images = images.take(range(0, len(images), -(-len(images) // _STATISTICS_FILES)))
     channels = images.transpose(0, 1).flatten(1)
     moments = [torch.std_mean(channel.double(), correction=0) for channel in channels]  # one at a time, to save memory
     std, mean = (torch.stack(values).float().view(-1, 1, 1) for values in zip(*moments, strict=True))

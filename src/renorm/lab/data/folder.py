@@ -4,51 +4,95 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import UnidentifiedImageError
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
 
 from ..errors import LabError
-from .arrays import Array, Arrays
-from .readers import split_test, stack
+from .dataset import Dataset, Part, split_validation
+from .files import ImageFiles
+from .readers import TEST_SHARE
+
+_LARGEST_IN_MEMORY = 64  # pixels of height and width; larger images stay in their files
 
 
-def read_folder(path: Path, image_size: int) -> Arrays:
+def read_folder(path: Path, image_size: int) -> Dataset:
     """A tree of images: train/CLASS/IMAGE and test/CLASS/IMAGE (or val), or only CLASS/IMAGE, which is then split.
 
     Args:
         path: the folder.
-        image_size: height and width in pixels to which images are resized and cropped.
+        image_size: height and width in pixels to which images are resized and cropped. Above 64 they stay in their
+            files and are decoded when they are needed, each time anew.
 
     Returns:
         The data, in colour.
 
     Raises:
-        LabError: a folder is missing, a class is empty, or an image cannot be read.
+        LabError: a folder is missing, a class is empty, an image cannot be read, or there are too few.
     """
     if not path.is_dir():
         raise LabError(f"{path}: there is no such folder")
     if not (path / "train").is_dir():
-        x, y, _ = _read_tree(path, image_size)
-        return split_test(x, y, str(path))
+        everything, _ = read_tree(path, image_size)
+        return split_validation(*_split_test(everything, str(path)), str(path))
     test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
     if test is None:
         raise LabError(f"{path}: has a train folder, but neither test nor val")
-    x_train, y_train, classes = _read_tree(path / "train", image_size)
-    x_test, y_test, test_classes = _read_tree(test, image_size)
+    for_training, classes = read_tree(path / "train", image_size)
+    for_testing, test_classes = read_tree(test, image_size)
     if classes != test_classes:
         odd = sorted(set(classes) ^ set(test_classes))
         raise LabError(f"{path}: class {odd[0]} is not in both train and {test.name}")
-    return Arrays(x_train, y_train, x_test, y_test)
+    return split_validation(for_training, for_testing, str(path))
 
 
-def _read_tree(path: Path, image_size: int) -> tuple[Array, Array, list[str]]:
+def read_tree(path: Path, image_size: int) -> tuple[Part, list[str]]:
+    """A tree CLASS/IMAGE.
+
+    Args:
+        path: the folder.
+        image_size: height and width in pixels.
+
+    Returns:
+        The images, and the names of the classes.
+
+    Raises:
+        LabError: there is no class, one is empty, or an image cannot be read.
+    """
     from torchvision.datasets import ImageFolder
-    from torchvision.transforms import v2
 
-    shape = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size)])
     try:
-        images = ImageFolder(str(path), transform=shape)
-        return *stack(images), images.classes
+        found = ImageFolder(str(path))
     except FileNotFoundError as error:  # no class folder, or an empty one
         raise LabError(f"{path}: {' '.join(str(error).split())}") from None
-    except UnidentifiedImageError as error:
-        raise LabError(f"{path}: {error}") from None
+    files = ImageFiles([Path(name) for name, _ in found.samples], image_size)
+    return files_part(files, [label for _, label in found.samples]), found.classes
+
+
+def files_part(files: ImageFiles, labels: list[int]) -> Part:
+    """Files as a part, read into memory if they are small.
+
+    Args:
+        files: the images.
+        labels: class of each.
+
+    Returns:
+        The part.
+
+    Raises:
+        LabError: an image cannot be read.
+    """
+    if files.size <= _LARGEST_IN_MEMORY:
+        return Part(files.take(range(len(files))), torch.tensor(labels))
+    files.check()
+    return Part(files, torch.tensor(labels))
+
+
+def _split_test(part: Part, source: str) -> tuple[Part, Part]:
+    try:
+        kept, test = train_test_split(
+            np.arange(len(part)), test_size=TEST_SHARE, stratify=part.labels.numpy(), random_state=0
+        )
+    except ValueError as error:
+        raise LabError(f"{source}: cannot split off a test part: {error}") from None
+    return part.subset(kept.tolist()), part.subset(test.tolist())

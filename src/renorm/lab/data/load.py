@@ -8,6 +8,7 @@ from ..errors import LabError
 from .arrays import Arrays, check_arrays
 from .dataset import Dataset, make_dataset
 from .folder import read_folder
+from .named import NAMED
 from .readers import TORCHVISION, read_digits, read_npz, read_torchvision
 
 
@@ -15,7 +16,7 @@ def load_dataset(source: str, root: Path, image_size: int) -> Dataset:
     """Read, check and split a data set.
 
     Args:
-        source: "digits", the name of a torchvision data set, an .npz file or an image folder.
+        source: "digits", the name of a data set, an .npz file or an image folder.
         root: folder of torchvision's data sets.
         image_size: height and width in pixels of images from a folder.
 
@@ -25,13 +26,29 @@ def load_dataset(source: str, root: Path, image_size: int) -> Dataset:
     Raises:
         LabError: it is not there, or something is wrong with it; the message names the file.
     """
-    arrays = _read(source, root, image_size)
+    if _plain(source) in NAMED:
+        return NAMED[_plain(source)](root, image_size)
+    arrays = read_arrays(source, root)
+    if arrays is None:
+        return read_folder(Path(source), image_size)
     check_arrays(arrays, source)
     return make_dataset(arrays, source)
 
 
-def _read(source: str, root: Path, image_size: int) -> Arrays:
-    name = source.lower().replace("-", "").replace("_", "")
+def read_arrays(source: str, root: Path) -> Arrays | None:
+    """Read a data set that is kept as arrays.
+
+    Args:
+        source: see `load_dataset`.
+        root: folder of torchvision's data sets.
+
+    Returns:
+        Images and labels, unchecked; None if the source is a folder.
+
+    Raises:
+        LabError: it is not there, or cannot be read.
+    """
+    name = _plain(source)
     if name == "digits":
         return read_digits()
     if name in TORCHVISION:
@@ -39,6 +56,10 @@ def _read(source: str, root: Path, image_size: int) -> Arrays:
     if source.endswith(".npz"):
         return read_npz(Path(source))
     if Path(source).is_dir():
-        return read_folder(Path(source), image_size)
-    names = ", ".join(("digits", *TORCHVISION))
+        return None
+    names = ", ".join(("digits", *TORCHVISION, *NAMED))
     raise LabError(f"{source}: there is no such file or folder, and it is not the name of a data set ({names})")
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from ..errors import LabError
 from .arrays import Array, Arrays
 
-_TEST_SHARE = 0.25
+TEST_SHARE = 0.25
 
 
 def read_digits() -> Arrays:
@@ -65,25 +67,45 @@ def read_torchvision(name: str, root: Path) -> Arrays:
     """
     from torchvision import datasets
 
-    make: Callable[..., Any] = getattr(datasets, TORCHVISION[name])
-    parts: list[Array] = []
-    for part in ("train", "test"):
-        which = {"split": part} if name == "svhn" else {"train": part == "train"}
+    make: Callable[..., Any] = getattr(datasets, TORCHVISION[name].name)
+    arrays: list[Array] = []
+    for parts in (TORCHVISION[name].train, TORCHVISION[name].test):
         try:
-            images = make(root, download=True, **which)
+            stacked = [stack(make(root, download=True, **part)) for part in parts]
         except (OSError, RuntimeError) as error:
             raise LabError(f"{name} is not in {root} and cannot be downloaded there: {error}") from None
-        parts += stack(images)
-    return Arrays(*parts)
+        arrays += [np.concatenate(columns) for columns in zip(*stacked, strict=True)]
+    if name == "omniglot":  # whose parts count their classes apart
+        arrays[3] += arrays[1].max() + 1
+    return Arrays(*arrays)
 
 
+def _resized(size: int, image: Image.Image) -> Image.Image:
+    return image.convert("L").resize((size, size))
+
+
+class _Source(NamedTuple):
+    """A data set of torchvision: its class, and options for the training and the test part."""
+
+    name: str
+    train: tuple[dict[str, Any], ...] = ({"train": True},)
+    test: tuple[dict[str, Any], ...] = ({"train": False},)
+
+
+_SVHN_TEST = ({"split": "test"},)
 TORCHVISION = {
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-    "fashionmnist": "FashionMNIST",
-    "kmnist": "KMNIST",
-    "mnist": "MNIST",
-    "svhn": "SVHN",
+    "cifar10": _Source("CIFAR10"),
+    "cifar100": _Source("CIFAR100"),
+    "fashionmnist": _Source("FashionMNIST"),
+    "kmnist": _Source("KMNIST"),
+    "mnist": _Source("MNIST"),
+    "omniglot": _Source(
+        "Omniglot",
+        ({"background": True, "transform": partial(_resized, 28)},),
+        ({"background": False, "transform": partial(_resized, 28)},),
+    ),
+    "svhn": _Source("SVHN", ({"split": "train"},), _SVHN_TEST),
+    "svhnextra": _Source("SVHN", ({"split": "train"}, {"split": "extra"}), _SVHN_TEST),
 }
 
 
@@ -116,7 +138,7 @@ def split_test(x: Array, y: Array, source: str) -> Arrays:
         LabError: there are too few images.
     """
     try:
-        x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=_TEST_SHARE, stratify=y, random_state=0)
+        x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=TEST_SHARE, stratify=y, random_state=0)
     except ValueError as error:
         raise LabError(f"{source}: cannot split off a test part: {error}") from None
     return Arrays(x_train, y_train, x_test, y_test)

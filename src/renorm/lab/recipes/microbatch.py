@@ -9,7 +9,7 @@ from jsonargparse.typing import PositiveInt
 
 from ..data import Dataset
 from ..methods import MethodName
-from ..recipe import Recipe
+from ..recipe import IOFFE, SMALL, TINY, Recipe, Scales
 from ..runs import Run
 
 
@@ -30,6 +30,14 @@ class Microbatch(Recipe):
 
     name: ClassVar[str] = "microbatch"
     title: ClassVar[str] = "Statistics over microbatches"
+    claim: ClassVar[str] = "over 4 examples of 32 batch norm falls from 78.3 to 74.2%, batch renorm to 76.5%"
+    source: ClassVar[str] = "Ioffe 2017, 4.2"
+    scales: ClassVar[Scales] = {
+        "tiny": TINY | {"group_sizes": (32, 4)},
+        "small": SMALL | {"steps": 2_000, "group_sizes": (32, 16, 8, 4, 2)},
+        "paper": IOFFE
+        | {"methods": ("batch_norm", "batch_renorm"), "batch_size": 1_600, "forward_size": 32, "group_sizes": (32, 4)},
+    }
 
     methods: tuple[MethodName, ...] = ("batch_norm", "batch_renorm", "batch_group_norm", "batch_group_renorm")
     batch_size: PositiveInt = 32

@@ -1,0 +1,48 @@
+"""What the callbacks of training frameworks have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from ..limits import Limits
+from ..norm import Norm
+
+
+def set_limits(model: nn.Module, limits: Callable[[int], Limits], batches: float) -> None:
+    """Set the limits of all layers that have some, for a training of a given length.
+
+    Args:
+        model: with layers of renorm.
+        limits: from the number of training batches to limits, as `Limits.over`.
+        batches: that the model will be trained on.
+
+    Raises:
+        ValueError: no layer has limits, or the length of the training is not known.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Norm) and module.limits is not None]
+    if not layers:
+        raise ValueError("no layer of the model has limits: convert it to renorm.BatchRenorm, or give limits=None")
+    if not 1 <= batches < float("inf"):
+        raise ValueError(f"limits go by the number of training batches, which is not known, got {batches}: set a "
+                         "number of epochs or steps, or give limits=None")  # fmt: skip
+    chosen = limits(int(batches))
+    for layer in layers:
+        layer.limits = chosen
+
+
+def require_one_process(processes: int) -> None:
+    """Refuse to choose an example weight on a share of the validation data.
+
+    Args:
+        processes: of the training.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if processes > 1:
+        raise ValueError(
+            f"weigh passes over all validation data in one process, got {processes}: give weigh=None, and call "
+            "renorm.weigh(model, loader) in one process after the training"
+        )

@@ -1,0 +1,147 @@
+"""Data sets of large images, as they are laid out by torchvision or their authors, with the papers' splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import LabError
+from .dataset import Dataset, Part, assemble, split_validation
+from .files import ImageFiles
+from .folder import files_part, read_folder, read_tree
+
+_CALTECH_COUNTS = (40, 10, 30)  # training, validation and test images of each class
+_CALTECH_CLUTTER = "257.clutter"  # no category
+
+
+def read_imagenet(root: Path, image_size: int) -> Dataset:
+    """ImageNet in imagenet/train/CLASS/IMAGE and imagenet/val/CLASS/IMAGE; the val part is for testing.
+
+    Args:
+        root: folder of torchvision's data sets.
+        image_size: height and width in pixels.
+
+    Returns:
+        The data.
+
+    Raises:
+        LabError: something is missing or cannot be read.
+    """
+    return read_folder(root / "imagenet", image_size)
+
+
+def read_caltech256(root: Path, image_size: int) -> Dataset:
+    """Caltech-256 in caltech256/256_ObjectCategories/CLASS/IMAGE: 40, 10 and 30 images of each class, drawn once.
+
+    Args:
+        root: folder of torchvision's data sets.
+        image_size: height and width in pixels.
+
+    Returns:
+        The data.
+
+    Raises:
+        LabError: something is missing or cannot be read, or a class has fewer than 80 images.
+
+    Source:
+        Summers & Dinneen 2020, section 4.1.
+    """
+    folder = root / "caltech256" / "256_ObjectCategories"
+    everything, classes = read_tree(folder, image_size)
+    wanted = [label for label, name in enumerate(classes) if name != _CALTECH_CLUTTER]
+    generator = np.random.default_rng(0)
+    chosen: tuple[list[int], ...] = ([], [], [])
+    for label in wanted:
+        examples = (everything.labels == label).nonzero()[:, 0].numpy()
+        if len(examples) < sum(_CALTECH_COUNTS):
+            raise LabError(
+                f"{folder / classes[label]}: must have at least {sum(_CALTECH_COUNTS)} images, has {len(examples)}"
+            )
+        drawn = np.split(generator.permutation(examples)[: sum(_CALTECH_COUNTS)], np.cumsum(_CALTECH_COUNTS)[:-1])
+        for part, indices in zip(chosen, drawn, strict=True):
+            part.extend(indices.tolist())
+    train, validation, test = (everything.subset(indices) for indices in chosen)
+    return assemble(train, validation, test, str(folder))
+
+
+def read_flowers102(root: Path, image_size: int) -> Dataset:
+    """Flowers-102 in flowers-102/jpg with imagelabels.mat and setid.mat, and its own three parts.
+
+    Args:
+        root: folder of torchvision's data sets.
+        image_size: height and width in pixels.
+
+    Returns:
+        The data.
+
+    Raises:
+        LabError: something is missing or cannot be read.
+    """
+    from scipy.io import loadmat
+
+    folder = root / "flowers-102"
+    try:
+        with (folder / "imagelabels.mat").open("rb") as file:
+            labels = loadmat(file)["labels"].ravel() - 1
+        with (folder / "setid.mat").open("rb") as file:
+            parts = loadmat(file)
+    except (OSError, KeyError, ValueError) as error:
+        raise LabError(f"{folder}: {error}") from None
+    train, validation, test = (
+        _files(folder / "jpg", [f"image_{number:05d}.jpg" for number in parts[name].ravel()],
+               [int(labels[number - 1]) for number in parts[name].ravel()], image_size)
+        for name in ("trnid", "valid", "tstid")
+    )  # fmt: skip
+    return assemble(train, validation, test, str(folder))
+
+
+def read_cub2011(root: Path, image_size: int) -> Dataset:
+    """CUB-2011 in CUB_200_2011, with its images and lists; a quarter of its training part is for validation.
+
+    Args:
+        root: folder that holds CUB_200_2011.
+        image_size: height and width in pixels.
+
+    Returns:
+        The data.
+
+    Raises:
+        LabError: something is missing or cannot be read.
+
+    Source:
+        Summers & Dinneen 2020, section 4.1, for the validation part.
+    """
+    folder = root / "CUB_200_2011"
+    try:
+        names, labels, in_training = (
+            [line.split()[1] for line in (folder / f"{name}.txt").read_text().splitlines()]
+            for name in ("images", "image_class_labels", "train_test_split")
+        )
+        rows = [
+            (name, int(label) - 1, flag == "1") for name, label, flag in zip(names, labels, in_training, strict=True)
+        ]
+    except (OSError, IndexError, ValueError) as error:
+        raise LabError(f"{folder}: {error}") from None
+    train, test = (
+        _files(folder / "images", [name for name, _, flag in rows if flag == wanted],
+               [label for _, label, flag in rows if flag == wanted], image_size)
+        for wanted in (True, False)
+    )  # fmt: skip
+    return split_validation(train, test, str(folder), share=0.25)
+
+
+NAMED: dict[str, Callable[[Path, int], Dataset]] = {
+    "imagenet": read_imagenet,
+    "caltech256": read_caltech256,
+    "flowers102": read_flowers102,
+    "cub2011": read_cub2011,
+}
+
+
+def _files(folder: Path, names: list[str], labels: list[int], image_size: int) -> Part:
+    missing = next((name for name in names if not (folder / name).is_file()), None)
+    if missing is not None:
+        raise LabError(f"{folder / missing}: there is no such file")
+    return files_part(ImageFiles([folder / name for name in names], image_size), labels)

@@ -1,0 +1,157 @@
+"""Layers as they run here, against the definition in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .grouping import Grouping
+from .limits import Limits
+from .norm import Norm
+from .ops import reference
+from .ops.types import Running
+from .tracking import update_running
+
+# Largest error, in units of the largest number or of 1: some roundings of the dtype.
+BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+_LAYOUTS = {"(N, C)": ((28, 6), False), "NCHW": ((28, 6, 7, 5), False), "NHWC": ((28, 6, 7, 5), True)}
+# Every group has enough elements, also masked ones, for a variance that rounding in float32 does not matter to.
+_GROUPINGS = {
+    "batch": Grouping(), "groups of examples": Grouping(8), "groups of channels": Grouping(None, 3),
+    "groups of both": Grouping(12, 2),
+}  # fmt: skip
+_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Result:
+    """The largest error over all cases of a dtype.
+
+    Args:
+        dtype: of the input.
+        cases: how many there were.
+        error: the largest; infinite where a case did not run.
+        worst: the case it was in, and in what.
+    """
+
+    dtype: torch.dtype
+    cases: int
+    error: float
+    worst: str
+
+    @property
+    def bound(self) -> float:
+        """What the error may be."""
+        return BOUNDS[self.dtype]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within it."""
+        return self.error <= self.bound
+
+
+def selftest(device: torch.device | str = "cpu") -> list[Result]:
+    """Compare layers on a device with `ops.reference` in float64: output, gradients and running statistics.
+
+    Over dtypes, layouts, groupings, with and without batch renormalization's correction and a mask.
+
+    Args:
+        device: where the layers run.
+
+    Returns:
+        A result for each dtype.
+
+    Example:
+        >>> all(result.passed for result in selftest())
+        True
+    """
+    return [_of_dtype(dtype, torch.device(device)) for dtype in BOUNDS]
+
+
+def _of_dtype(dtype: torch.dtype, device: torch.device) -> Result:
+    cases = itertools.product(_LAYOUTS, _GROUPINGS, (False, True), (False, True))
+    error, worst, number = 0.0, "", 0
+    for layout, grouping, corrected, masked in cases:
+        name = f"{layout}, {grouping}{', corrected' * corrected}{', masked' * masked}"
+        number += 1
+        for what, found in _errors(dtype, device, layout, grouping, corrected, masked):
+            if not found <= error:  # NaN is larger than anything
+                error, worst = (found if found == found else float("inf")), f"{name}: {what}"
+    return Result(dtype, number, error, worst)
+
+
+def _errors(
+    dtype: torch.dtype, device: torch.device, layout: str, grouping: str, corrected: bool, masked: bool
+) -> Iterator[tuple[str, float]]:
+    try:
+        actual, expected = _case(dtype, device, *_LAYOUTS[layout], _GROUPINGS[grouping], corrected, masked)
+    except Exception as error:  # whatever it is that does not run, the other cases should
+        yield f"{type(error).__name__}: {error}", float("inf")
+        return
+    for name, exact in expected.items():
+        size = max(1.0, float(exact.abs().max()))
+        yield name, float((actual[name].cpu().double() - exact).abs().max()) / size
+
+
+def _case(
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: tuple[int, ...],
+    channels_last: bool,
+    grouping: Grouping,
+    corrected: bool,
+    masked: bool,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    random = torch.Generator().manual_seed(0)
+
+    def numbers(*size: int) -> Tensor:
+        return torch.randn(size, generator=random, dtype=torch.float64)
+
+    channels = shape[1]
+    limits = Limits.constant(r_max=1.3, d_max=0.4) if corrected else None
+    parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    layer = Norm(
+        channels, _EPS, device=device, dtype=parameter_dtype, limits=limits, momentum=0.5,
+        examples_per_group=grouping.examples_per_group, channels_per_group=grouping.channels_per_group,
+    )  # fmt: skip
+    tensors: list[Any] = [layer.weight, layer.bias, layer.running_mean]
+    for tensor in tensors:
+        tensor.data.copy_(numbers(channels))
+    x, dy = ((numbers(*shape) * 2 + 1).to(device, dtype), numbers(*shape).to(device, dtype))
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    positions = shape[0], *shape[2:]
+    mask = (torch.arange(math.prod(positions)) % 5 > 0).view(positions) if masked else None
+    expected = _expected(layer, x, dy, mask, grouping)
+    y = layer(x.requires_grad_(), None if mask is None else mask.to(device))
+    dx, dweight, dbias = torch.autograd.grad(y, [x, *layer.parameters()], dy)
+    actual = {
+        "output": y, "gradient of x": dx, "gradient of gamma": dweight, "gradient of beta": dbias,
+        "running mean": layer.running_mean, "running variance": layer.running_var,
+    }  # fmt: skip
+    return {name: tensor.detach() for name, tensor in actual.items()}, expected
+
+
+def _expected(layer: Norm, x: Tensor, dy: Tensor, mask: Tensor | None, grouping: Grouping) -> dict[str, Tensor]:
+    tensors: list[Any] = [x, dy, layer.weight, layer.bias, layer.running_mean, layer.running_var]
+    x, dy, weight, bias, mean, var = (tensor.detach().cpu().double() for tensor in tensors)
+    limits = layer.limits
+    running = None if limits is None else Running(mean, var, limits.r_max, limits.d_max)
+    with torch.no_grad():
+        y, moments, correction = reference.forward(x, weight, bias, mask, running, grouping, _EPS)
+        gradients = reference.backward(dy, x, weight, mask, moments, correction, grouping, _EPS)
+        running_mean, running_var = update_running(
+            mean, var, moments,
+            momentum=0.5, tracking=layer.tracking, channels_per_group=grouping.channels_per_group, eps=_EPS,
+        )  # fmt: skip
+    return {
+        "output": y, "gradient of x": gradients.x, "gradient of gamma": gradients.weight,
+        "gradient of beta": gradients.bias, "running mean": running_mean, "running variance": running_var,
+    }  # fmt: skip

@@ -1,0 +1,144 @@
+"""The callback in Lightning's trainer, and Lightning's own averaging of weights."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import renorm
+
+pytest.importorskip("lightning")
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+
+from renorm.integrations.lightning import RenormCallback
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+]
+BATCHES, EPOCHS = 8, 3
+
+
+class Classifier(LightningModule):
+    def __init__(self, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), norm or renorm.BatchRenorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
+        self(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Unsized(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(TensorDataset(torch.randn(8, 4), torch.zeros(8, dtype=torch.long)))
+
+
+def loader() -> DataLoader[Any]:
+    x = torch.randn(8 * BATCHES, 4) + 3
+    return DataLoader(TensorDataset(x, (x[:, 0] > 3).long()), 8)
+
+
+def trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    length = {} if "max_steps" in options else {"max_epochs": EPOCHS}
+    return Trainer(
+        accelerator="cpu", devices=1, default_root_dir=folder, callbacks=list(callbacks), **quiet | length | options
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({}, BATCHES * EPOCHS), ({"max_steps": 13}, 13), ({"accumulate_grad_batches": 2}, BATCHES * EPOCHS)],
+    ids=["epochs", "steps", "micro-batches"],
+)
+def test_limits_go_by_the_training_s_batches(tmp_path: Path, options: dict[str, Any], steps: int) -> None:
+    model = Classifier()
+    trainer(tmp_path, RenormCallback(), **options).fit(model, loader())
+    assert model.net[1].limits == renorm.Limits.over(steps)
+    assert model.net[1].num_batches_tracked == steps
+
+
+def test_limits_of_one_s_own_and_none(tmp_path: Path) -> None:
+    model = Classifier()
+    trainer(tmp_path, RenormCallback(partial(renorm.Limits.over, r_max=2.0))).fit(model, loader())
+    assert model.net[1].limits == renorm.Limits.over(BATCHES * EPOCHS, r_max=2.0)
+    trainer(tmp_path, RenormCallback(limits=None)).fit(model, loader())
+    assert model.net[1].limits == renorm.Limits.over(BATCHES * EPOCHS, r_max=2.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 99}])
+def test_the_example_weight_is_chosen_on_validation_data_and_kept(tmp_path: Path, options: dict[str, Any]) -> None:
+    callback = RenormCallback(limits=None, weigh=partial(renorm.weigh, metric="cross_entropy"))
+    model = Classifier(nn.BatchNorm1d(8, momentum=0.0))  # running statistics stay wrong, so weighing gains
+    validation = loader()
+    fitting = trainer(tmp_path, callback, **options)
+    fitting.fit(model, loader(), validation)
+    assert callback.weighing is not None
+    assert callback.weighing.alpha == model.net[1].example_weight > 0
+
+    fitting.save_checkpoint(tmp_path / "weighed.ckpt")
+    again = Classifier(renorm.BatchNorm1d(8))
+    trainer(tmp_path, RenormCallback()).validate(again, validation, ckpt_path=tmp_path / "weighed.ckpt", verbose=False)
+    assert again.net[1].example_weight == callback.weighing.alpha
+    x = torch.randn(5, 4)
+    assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+def test_what_cannot_be_done_is_said_before_the_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no layer of the model has limits"):
+        trainer(tmp_path, RenormCallback()).fit(Classifier(nn.BatchNorm1d(8)), loader())
+    with pytest.raises(ValueError, match=r"which is not known, got (inf|-1)"):
+        trainer(tmp_path, RenormCallback(), max_epochs=1).fit(Classifier(), DataLoader(Unsized(), 8))
+    with pytest.raises(ValueError, match="weigh needs a validation dataloader"):
+        trainer(tmp_path, RenormCallback(weigh=renorm.weigh)).fit(Classifier(), loader())
+
+
+def test_lightning_averages_the_statistics_with_the_weights(tmp_path: Path) -> None:
+    """So that this library needs no averaging of its own."""
+    model, seen = Classifier(), []
+
+    class Recorder(RenormCallback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            seen.append(copy.deepcopy(pl_module.state_dict()))
+
+    decay = 0.5
+    trainer(tmp_path, Recorder(), EMAWeightAveraging(decay=decay)).fit(model, loader())
+    average = seen[0]
+    for state in seen[1:]:
+        for name, value in state.items():
+            average[name] = decay * average[name] + (1 - decay) * value
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, average[name])
+    assert model.net[1].num_batches_tracked < len(seen)  # averaged like all buffers
+
+
+def test_an_average_is_what_is_weighed(tmp_path: Path) -> None:
+    weighed = []
+
+    def weigh(model: nn.Module, loader: Any) -> Any:
+        weighed.append(copy.deepcopy(model.state_dict()))
+
+    model = Classifier()
+    callbacks = EMAWeightAveraging(decay=0.9), RenormCallback(weigh=weigh)
+    trainer(tmp_path, *callbacks).fit(model, loader(), loader())
+    torch.testing.assert_close(weighed, [dict(model.state_dict())], rtol=0, atol=0)
