@@ -51,7 +51,7 @@ class Measurement:
 
     def in_training(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Take in the input of a training forward; a forward pre-hook."""
-        x, mask = _arguments(inputs, named)
+        x, mask = arguments(inputs, named)
         if x.numel() == 0:
             return
         k, target = self._channels_per_group, self._running()
@@ -72,7 +72,7 @@ class Measurement:
 
     def in_evaluation(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         """Take in the input and the output of an evaluation forward; a forward hook."""
-        x, mask = _arguments(inputs, named)
+        x, mask = arguments(inputs, named)
         if x.numel() == 0:
             return
         outputs = center(output[None], None if mask is None else mask[None, :, None])[2]
@@ -147,20 +147,26 @@ class Measurement:
 
     @property
     def _grouping(self) -> Grouping:
-        layer = self.layer
-        return Grouping(layer.examples_per_group, layer.channels_per_group) if isinstance(layer, Norm) else Grouping()
+        return self.layer.grouping if isinstance(self.layer, Norm) else Grouping()
 
     def _running(self) -> Running:
         layer = self.layer
         return Running(layer.running_mean, layer.running_var, math.inf, math.inf)
 
 
-def _arguments(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+def arguments(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """What a norm layer is called with.
+
+    Args:
+        inputs: positional arguments.
+        named: arguments by name.
+
+    Returns:
+        The input, (N, C, *S), without its graph, and the mask, (N, *S), or None.
+    """
     x = inputs[0] if inputs else named["x" if "x" in named else "input"]
     mask = inputs[1] if len(inputs) > 1 else named.get("mask")
-    if mask is not None:
-        mask = mask.expand(x.shape[0], *x.shape[2:])
-    return x.detach(), mask
+    return x.detach(), None if mask is None else mask.expand(x.shape[0], *x.shape[2:])
 
 
 def _examples(x: Tensor, mask: Tensor | None) -> _Examples:

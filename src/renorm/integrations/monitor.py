@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..grouping import Grouping
 from ..inference.passes import tracking_layers
+from ..inspection.measure import arguments
 from ..moments import Moments
 from ..norm import Norm
 from ..occasions import Frozen
@@ -109,7 +110,7 @@ class _Watch:
         if self._forwards % self._every:
             return
         with torch.no_grad():
-            measured = _measure(layer, *_arguments(inputs, named))
+            measured = _measure(layer, *arguments(inputs, named))
         if measured is not None:
             self._measured.append(measured)
 
@@ -135,12 +136,6 @@ def _normalizes_by_batch(layer: Any) -> bool:
         return False
     frozen = [block for block in getattr(layer, "blocks", ()) if isinstance(block, Frozen)]
     return not frozen or frozen[-1].statistics == "batch"
-
-
-def _arguments(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    x = inputs[0] if inputs else named["x" if "x" in named else "input"]
-    mask = inputs[1] if len(inputs) > 1 else named.get("mask")
-    return x, None if mask is None else mask.expand(x.shape[0], *x.shape[2:])
 
 
 def _measure(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor | None:
