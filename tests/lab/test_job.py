@@ -51,6 +51,7 @@ def test_folder_holds_everything(noniid: NonIid):
     assert float(table[0]["test_accuracy_off"]) > 0.5  # it learned
 
 
+@pytest.mark.slow
 def test_workers_and_this_process_give_the_same_results(noniid: NonIid, tmp_path: Path):
     job.carry_out(noniid, "")
     side_by_side = replace(noniid, workers=2, out=tmp_path / "workers")
@@ -138,6 +139,7 @@ def test_damaged_results_are_named(noniid: NonIid):
         job.carry_out(noniid, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_process_leaves_finished_runs_and_no_worker(tmp_path: Path, number: signal.Signals):
     out = tmp_path / "out"
