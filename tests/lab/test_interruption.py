@@ -119,6 +119,7 @@ def carry_out_until(recipe: NonIid, point: str) -> None:
         job.carry_out(recipe, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_run_goes_on_to_the_same_end(recipe: NonIid, whole: Path, point: str):
     context = multiprocessing.get_context("forkserver")

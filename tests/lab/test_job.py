@@ -172,6 +172,7 @@ def group_lives(group: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_worker_that_dies_is_an_error_that_names_the_run(noniid: NonIid, monkeypatch):
     monkeypatch.setattr("renorm.lab.execution.train_in_worker", die)
     with pytest.raises(LabError, match=r"a worker process died .* its start"):
