@@ -83,7 +83,7 @@ def test_compiled_training_gives_the_same_results(short: NonIid, tmp_path: Path,
         assert float(other["test_loss_off"]) == pytest.approx(float(eager["test_loss_off"]), rel=1e-3)
 
 
-def test_tensorboard_has_loss_learning_rate_and_accuracy(short: NonIid):
+def test_tensorboard_has_loss_learning_rate_accuracy_and_the_layers_r_and_d(short: NonIid):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -91,7 +91,11 @@ def test_tensorboard_has_loss_learning_rate_and_accuracy(short: NonIid):
     folders = list((short.folder / "logs").iterdir())
     assert len(folders) == 2
     events = EventAccumulator(str(folders[0])).Reload()
-    assert set(events.Tags()["scalars"]) == {"train/loss", "train/learning_rate", "validation/accuracy"}
+    quantities = ("r_low", "r_median", "r_high", "d_low", "d_median", "d_high", "clipped_r", "clipped_d", "gap")
+    of_layers = {f"{quantity}/{layer}" for quantity in quantities for layer in (2, 5, 8, 11)}
+    assert set(events.Tags()["scalars"]) == {"train/loss", "train/learning_rate", "validation/accuracy"} | of_layers
+    assert [event.step for event in events.Scalars("r_high/2")] == list(range(1, 21))
+    assert all(event.value > 0 for event in events.Scalars("r_high/2"))
     assert [event.step for event in events.Scalars("validation/accuracy")] == list(range(1, 21))
     assert events.Scalars("train/learning_rate")[-1].value == pytest.approx(0)
 

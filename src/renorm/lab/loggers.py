@@ -7,7 +7,9 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from renorm.integrations.monitor import monitor
 
 from . import ranks
 from .errors import LabError
@@ -45,12 +47,14 @@ class Log:
         recipe: says which logger, and where.
         run: the run.
         step: steps that were trained before.
+        model: the network; r, d and the gap of its norm layers are logged too.
     """
 
-    def __init__(self, recipe: Recipe, run: Run, step: int) -> None:
+    def __init__(self, recipe: Recipe, run: Run, step: int, model: nn.Module) -> None:
         writes = ranks.rank() == 0 and _missing_package(recipe.logger) is None
         self._logger = _make_logger(recipe, run, step) if writes else None
         self._every = max(1, run.steps // _POINTS)
+        self._monitor = None if self._logger is None else monitor(model, self._every)
 
     def __enter__(self) -> Self:
         return self
@@ -58,6 +62,8 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._monitor is not None:
+            self._monitor.close()
         if self._logger is not None:
             self._logger.finalize("success" if error is None else "aborted")
 
@@ -69,8 +75,10 @@ class Log:
             loss: of this rank, 0-d.
             lr: learning rate of the next step.
         """
-        if self._logger is not None and step % self._every == 0:
-            self._logger.log_metrics({"train/loss": float(loss), "train/learning_rate": lr}, step)
+        if self._logger is None or self._monitor is None or step % self._every:
+            return
+        numbers = {"train/loss": float(loss), "train/learning_rate": lr}
+        self._logger.log_metrics(numbers | self._monitor.compute(), step)
 
     def point(self, point: CurvePoint) -> None:
         """Log a point of the curve.

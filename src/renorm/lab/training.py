@@ -128,7 +128,7 @@ class Training:
         to_train: Any = torch.compile(self.model) if recipe.compile else self.model
         model, optimizer = self._fabric.setup(to_train, self._optimizer, move_to_device=False)
         loss = objective(run)
-        with Log(recipe, run, self._step) as log:
+        with Log(recipe, run, self._step, self.model) as log:
             for images, labels in batches(run, self._dataset, self._step):
                 optimizer.zero_grad()
                 mine = self._share.of(images), self._share.of(labels)
