@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BASE ?= HEAD
 OUT ?= runs
 
-.PHONY: setup demo test test-slow sanitize lint types bench bench-regression gpu gpu-packages clean
+.PHONY: setup demo test test-slow sanitize lint types docs bench bench-regression gpu gpu-packages clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +32,9 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+docs: setup ## the documentation's site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 sanitize: ## the C++ kernels' own tests, plain and under the address, undefined-behaviour and thread sanitizers
 	$(MAKE) -s -C csrc/tests all

@@ -32,8 +32,9 @@ FRAMEWORKS = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
 ]
 PAGES = [
-    "recurrent", "training-loops", "distributed", "several-forwards", "trained-models", "weight-decay",
-    "other-checkpoints", "finetuning", "shift", pytest.param("integrations", marks=FRAMEWORKS),
+    "index", "recurrent", "training-loops", "distributed", "several-forwards", "trained-models", "weight-decay",
+    "other-checkpoints", "finetuning", "shift", "mathematics", "limits", "coming-from", "small-batches",
+    "dependent-batches", pytest.param("integrations", marks=FRAMEWORKS),
     pytest.param("shipping", marks=EXPORTING),
 ]  # fmt: skip
 
@@ -48,6 +49,16 @@ def test_the_code_of_a_page_runs(page: str) -> None:
     for indent, block in blocks:
         line = text[: text.index(block)].count("\n")
         exec(compile("\n" * line + re.sub(f"^{indent}", "", block, flags=re.MULTILINE), f"{page}.md", "exec"), names)
+
+
+def test_what_the_decision_page_prints_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (DOCS / "decide.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```python\n(.*?)```\n\n```\n(.*?)```", text, re.DOTALL)
+    assert len(shown) > 4
+    names: dict[str, object] = {}
+    for code, output in shown:
+        exec(code, names)
+        assert capsys.readouterr().out == output
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
