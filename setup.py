@@ -7,14 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 
 def without_kernels(reason: object) -> None:
     print(f"renorm: installing without the C++ kernels, {reason}", file=sys.stderr)
 
 
+class Wheel(bdist_wheel):
+    """A wheel for this platform where it holds the kernels, for any where they could not be built."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
 def kernels() -> dict[str, Any]:
-    """What setup() needs to build the kernels, nothing without torch."""
+    """What setup() needs to build the kernels, nothing where they cannot be."""
+    if sys.platform == "win32":
+        without_kernels("as they are written in vector extensions of GCC and Clang that MSVC lacks")
+        return {}
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
@@ -31,13 +44,14 @@ def kernels() -> dict[str, Any]:
                 super().run()
             except Exception as error:
                 without_kernels(f"as they could not be built: {error}")
+                self.extensions = self.distribution.ext_modules = []
 
     extension = CppExtension(
         "renorm._kernels",
         sorted(str(path) for path in Path("csrc").glob("*.cpp")),
         # One build for every torch from 2.10 on, and every Python: it uses neither Python nor torch's C++ interface.
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-        extra_link_args=["-s"],
+        extra_link_args=["-s"] if sys.platform == "linux" else [],
         # -fwrapv, which Python's own flags bring, makes GCC 12 crash.
         extra_compile_args=[
             "-O3",
@@ -50,11 +64,10 @@ def kernels() -> dict[str, Any]:
             "-Wno-uninitialized",
         ],
         py_limited_api=True,
-        optional=True,
     )
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": OptionalBuild},
+        "cmdclass": {"build_ext": OptionalBuild, "bdist_wheel": Wheel},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
 

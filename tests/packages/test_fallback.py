@@ -1,0 +1,28 @@
+"""Building where there is no torch or no compiler leaves a library that works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+from .building import build, copy_source, hide_torch
+
+
+@pytest.mark.parametrize("lacking", ["torch", "a compiler"])
+def test_building_goes_on_without_kernels_and_says_so_in_a_line(lacking: str, tmp_path: Path) -> None:
+    without = {"torch": hide_torch(tmp_path), "a compiler": {"CXX": "false", "CC": "false"}}
+    reason = {"torch": "torch is not in the build environment", "a compiler": "they could not be built"}
+    source = copy_source(tmp_path / "source")
+    printed = build(source, tmp_path / "dist", "--wheel", **without[lacking])
+    lines = {line for line in printed.splitlines() if line.startswith("renorm: ")}
+    assert len(lines) == 1
+    assert reason[lacking] in lines.pop()
+    (wheel,) = (tmp_path / "dist").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with ZipFile(wheel) as archive:
+        (tags,) = (name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
+        assert "Root-Is-Purelib: true" in archive.read(tags).decode()
+        assert "renorm/norm.py" in archive.namelist()
+        assert not any("_kernels" in name for name in archive.namelist())
