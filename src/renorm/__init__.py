@@ -29,6 +29,7 @@ from .layers import (
 from .limits import Limits
 from .moments import Moments
 from .norm import Norm
+from .recommendation import Recommendation, recommend
 from .recurrent import BatchRenormGRU, BatchRenormLSTM
 from .synchronize import joinables, synchronize
 from .updates import accumulate, freeze
@@ -59,6 +60,7 @@ __all__ = [
     "Limits",
     "Moments",
     "Norm",
+    "Recommendation",
     "Weighing",
     "accumulate",
     "convert",
@@ -68,6 +70,7 @@ __all__ = [
     "inspect",
     "joinables",
     "optim",
+    "recommend",
     "samplers",
     "synchronize",
     "to_batchnorm",

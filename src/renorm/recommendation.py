@@ -1,0 +1,182 @@
+"""Which layer for which training, with the measurements that speak for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .convert import convert
+from .layers import BatchGroupNorm, BatchRenorm
+from .limits import Limits
+from .norm import Norm
+
+_ENOUGH = 16  # independent examples that share statistics, with which nothing gained on batch norm
+_PAIR = 2
+_SHORT = 10_000  # steps; the measured trainings had 1,000 to 3,000, the papers' 130,000
+_NUM_GROUPS = 8
+_LEFT = 3.0  # e^-3, or 5%, of the initial statistics are left when the correction starts
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Test accuracies that were measured.
+
+    Args:
+        file: CSV file in the repository.
+        setting: which of its rows.
+        accuracies: mean over three seeds by method, in %.
+    """
+
+    file: str
+    setting: str
+    accuracies: dict[str, float]
+
+    def __str__(self) -> str:
+        figures = ", ".join(f"{method} {accuracy:.1f}%" for method, accuracy in self.accuracies.items())
+        return f"{self.file}, {self.setting}: {figures}"
+
+
+FINETUNING = Evidence(
+    "examples/results/finetune.csv", "batches of 2", {"batch renorm": 23.7, "frozen": 21.1, "batch norm": 15.0}
+)
+FEW_CLASSES = Evidence(
+    "results/noniid-classes-cifar100/results.csv", "16 classes x 4", {"batch norm": 23.8, "batch renorm": 23.6}
+)
+ENOUGH = Evidence(
+    "results/microbatch-cifar100/results.csv", "n = 32",
+    {"batch norm, weighed": 16.8, "batch norm": 16.4, "batch renorm": 14.9},
+)  # fmt: skip
+FOUR = Evidence(
+    "results/microbatch-cifar100/results.csv", "n = 4",
+    {"batch norm, weighed": 15.7, "batch renorm": 14.2, "batch norm": 13.8},
+)  # fmt: skip
+PAIR = Evidence(
+    "results/microbatch-cifar100/results.csv", "n = 2",
+    {"batch renorm": 12.1, "batch norm, weighed": 12.0, "batch norm": 9.1},
+)  # fmt: skip
+PAIR_OF_SINGLES = Evidence(
+    "results/microbatch-digits/results.csv", "n = 2",
+    {"batch-group norm": 97.6, "batch renorm": 80.4, "batch norm": 52.9},
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What `recommend` returns; prints as code and reasons.
+
+    Args:
+        layer: what to convert batch norm layers to; None to leave them as they are.
+        options: of `renorm.convert`.
+        weigh: whether to choose the example weight with `renorm.weigh` once the model is trained.
+        why: the reason.
+        evidence: measurements behind it.
+    """
+
+    layer: type[Norm] | None
+    options: dict[str, Any]
+    weigh: bool
+    why: str
+    evidence: tuple[Evidence, ...]
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Convert a model's batch norm layers, in place, as `renorm.convert` does.
+
+        Args:
+            model: not yet wrapped in DDP or FSDP nor compiled.
+
+        Returns:
+            The model.
+        """
+        return model if self.layer is None else convert(model, self.layer, **self.options)
+
+    def __str__(self) -> str:
+        lines = ["keep nn.BatchNorm"] if self.layer is None else [self._conversion(self.layer)]
+        if self.weigh:
+            lines.append("renorm.weigh(model, validation)  # once it is trained")
+        return "\n".join([*lines, self.why, *(f"- {evidence}" for evidence in self.evidence)])
+
+    def _conversion(self, layer: type[Norm]) -> str:
+        options = "".join(f", {name}={_code(value)}" for name, value in self.options.items())
+        return f"model = renorm.convert(model, renorm.{layer.__name__}{options})"
+
+
+def recommend(
+    *,
+    batch_size: int,
+    total_steps: int,
+    dependent: bool = False,
+    pretrained: bool = False,
+    positions: bool = True,
+    plain: bool = False,
+) -> Recommendation:
+    """The layer that measurements, and where there are none the papers, speak for.
+
+    They were made with small networks and short trainings; where much depends on it, compare on your own data.
+
+    Args:
+        batch_size: examples that are normalized together: those of one forward on one worker.
+        total_steps: steps of the training.
+        dependent: whether the examples of a batch belong together, as by class, scene, video or episode.
+        pretrained: whether the training starts from a network that was trained with batch norm.
+        positions: whether examples have several positions that share statistics, as images have; not so in
+            perceptrons, whose input is (N, C).
+        plain: whether the trained network must be plain nn.BatchNorm again, by `renorm.to_batchnorm`, to be folded,
+            quantized or read by other programs.
+
+    Returns:
+        The recommendation; its `apply` converts a model.
+
+    Raises:
+        ValueError: `batch_size` or `total_steps` is less than 1.
+
+    Source:
+        The CSV files that it names; Ioffe 2017, section 4; Summers & Dinneen 2020, sections 3 and 4.
+
+    Example:
+        >>> print(recommend(batch_size=2, total_steps=5_000, pretrained=True))
+        model = renorm.convert(model, renorm.BatchRenorm, limits=renorm.Limits(r_max=3.0, d_max=5.0, start=0, ...))
+        Running statistics of the pretraining are good: ...
+        - examples/results/finetune.csv, batches of 2: batch renorm 23.7%, frozen 21.1%, batch norm 15.0%
+    """
+    for name, value in (("batch_size", batch_size), ("total_steps", total_steps)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if batch_size >= _ENOUGH and not dependent:
+        why = "There is nothing to repair in independent batches of this size."
+        return Recommendation(None, {}, not plain, why, (ENOUGH,))
+    if pretrained:
+        options: dict[str, Any] = {"limits": Limits.constant()}
+        why = "Running statistics of the pretraining are good: corrected towards them, training begins as what it was."
+        return Recommendation(BatchRenorm, options, False, why, (FINETUNING,))
+    if dependent:
+        why = (
+            "On ImageNet it lost nothing to batches of few classes, where batch norm lost 11 points (Ioffe 2017, 4.3)."
+        )
+        return Recommendation(BatchRenorm, _ramps(total_steps), False, why, (FEW_CLASSES,))
+    if batch_size > _PAIR:
+        return _few(total_steps, plain)
+    if positions or plain:
+        why = "A pair of examples leaves batch norm little to go by; the correction wins a part of it back."
+        return Recommendation(BatchRenorm, _ramps(total_steps), False, why, (PAIR if positions else PAIR_OF_SINGLES,))
+    why = "A pair of numbers holds the sign of their difference alone: take several channels together."
+    return Recommendation(BatchGroupNorm, {"num_groups": _NUM_GROUPS}, False, why, (PAIR_OF_SINGLES,))
+
+
+def _few(total_steps: int, plain: bool) -> Recommendation:
+    if total_steps < _SHORT and not plain:
+        why = "In a short training the correction costs more than it saves; weighing wins back most of the loss."
+        return Recommendation(None, {}, True, why, (FOUR,))
+    why = "Over 4 examples, in 130,000 steps, batch renorm had 76.5% where batch norm had 74.2 (Ioffe 2017, 4.2)."
+    return Recommendation(BatchRenorm, _ramps(total_steps), False, why, (FOUR,))
+
+
+def _ramps(total_steps: int) -> dict[str, Any]:
+    """Limits for the training, and a momentum with which running statistics mean something when they start."""
+    limits = Limits.over(total_steps)
+    return {"limits": limits, "momentum": round(min(0.1, max(0.01, _LEFT / max(1, limits.start))), 3)}
+
+
+def _code(value: object) -> str:
+    return f"renorm.{value!r}" if isinstance(value, Limits) else repr(value)
