@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from renorm.lab.recipe import Recipe, Scale
 from renorm.lab.recipes.microbatch import Microbatch
 from renorm.lab.recipes.noniid import NonIid
 
@@ -19,6 +20,11 @@ def arrays(examples_per_class: int = 20, classes: int = 4, size: int = 8, channe
     noise = generator.integers(0, 20, (len(y), size, size, channels))
     x = (noise + 40 * y[:, None, None, None]).astype(np.uint8)
     return {"x_train": x, "y_train": y, "x_test": x[::2], "y_test": y[::2]}
+
+
+def at_scale(recipe: type[Recipe], scale: Scale, **options: Any) -> Recipe:
+    """A recipe with the defaults of a scale and options that override them, as from the command line."""
+    return recipe(scale=scale, **{**recipe.scales[scale], **options})
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from renorm.lab.batches import batch_sampler, batches
 from renorm.lab.data import Dataset, Part, load_dataset
@@ -122,3 +124,34 @@ def test_chunks_are_the_part_in_its_order():
         images, labels = (torch.cat(parts) for parts in zip(*part.chunks(3, examples), strict=True))
         assert torch.equal(images, part.images[:stop])
         assert torch.equal(labels, part.labels[:stop])
+
+
+def test_decoders_augment_otherwise_for_each_seed_and_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save_images(tmp_path, ["a", "b"], images=20)
+    for path in tmp_path.glob("*/*.png"):
+        Image.fromarray(torch.randint(256, (80, 80, 3), dtype=torch.uint8).numpy()).save(path)
+    dataset = load_dataset(str(tmp_path), Path(), 70)
+    monkeypatch.setattr("renorm.lab.batches._decoders", lambda device: 1)
+    monkeypatch.setattr("renorm.lab.batches.batch_sampler", lambda run, train: SameBatch())
+
+    def first(seed: int, start: int) -> torch.Tensor:
+        return next(batches(run(steps=9, batch_size=6, augment=True, seed=seed), dataset, start))[0]
+
+    drawn = [first(0, 0), first(1, 0), first(0, 5)]
+    assert torch.equal(first(0, 0), drawn[0])
+    assert not any(torch.equal(drawn[0], other) for other in drawn[1:])
+
+
+class SameBatch:
+    """The same examples at every step."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def set_epoch(self, epoch: int, start_batch: int) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([[0, 1, 2, 3, 4, 5]] * 9)

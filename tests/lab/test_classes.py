@@ -46,8 +46,9 @@ def test_what_cannot_be_split_by_class_is_refused(tmp_path: Path):
     np.savez(tmp_path / "few.npz", **arrays(classes=3))
     with pytest.raises(LabError, match=r"few\.npz: must have at least 4 classes to split them, has 3"):
         load_unseen(str(tmp_path / "few.npz"), Path())
-    with pytest.raises(LabError, match="classes of a folder cannot be split"):
-        load_unseen(str(tmp_path), Path())
+    for source in (str(tmp_path), "cub2011"):
+        with pytest.raises(LabError, match=f"{source}: classes of a folder of images cannot be split; .* omniglot"):
+            load_unseen(source, Path())
     with pytest.raises(LabError, match=r"no\.npz: there is no such file"):
         load_unseen("no.npz", Path())
 
@@ -60,6 +61,12 @@ def test_classes_are_set_aside_for_pretraining():
     assert len(dataset.pretraining) > 400
     with pytest.raises(LabError, match=r"digits: a class has .* training images, fewer than examples_per_class=200"):
         set_aside(load_dataset("digits", Path(), 8), True, 200)
+
+
+def test_too_few_classes_are_not_set_aside(tmp_path: Path):
+    np.savez(tmp_path / "one.npz", **arrays(classes=1))
+    with pytest.raises(LabError, match=r"one\.npz: must have at least 4 classes to split them, has 1"):
+        set_aside(load_dataset(str(tmp_path / "one.npz"), Path(), 8), True, None)
 
 
 def test_nothing_is_set_aside_for_downloaded_weights():

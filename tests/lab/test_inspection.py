@@ -16,6 +16,8 @@ def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
 
+NET = network()
+
 def nothing():
     return None
 
@@ -52,6 +54,10 @@ def test_findings_table_and_picture_of_a_model(options: list[str], capsys: pytes
         (["mine"], "model must be module:function, got 'mine'"),
         (["absent:network"], "absent:network: No module named 'absent'"),
         (["mine:absent"], "mine:absent: module 'mine' has no attribute 'absent'"),
+        (["mine:NET"], "model must be module:function, got 'mine:NET', a Sequential"),
+        (["mine:network", "--csv", "absent/layers.csv"], "absent/layers.csv: cannot be written: No such file"),
+        (["mine:network", "--plot", "absent/layers.svg"], "absent/layers.svg: cannot be written: No such file"),
+        (["mine:network", "--plot", "layers.foo"], "layers.foo: Format 'foo' is not supported"),
         (["mine:nothing"], "mine:nothing must return a torch.nn.Module, got NoneType"),
         (["mine:network", "--data", "nowhere"], "nowhere: there is no such file or folder"),
         (["mine:network", "--data", "mine:strange"], "a batch must be a tensor"),

@@ -18,6 +18,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from renorm.lab import checkpoints, job, training
 from renorm.lab.checkpoints import Checkpoints
 from renorm.lab.errors import LabError
+from renorm.lab.recipes.finetune import Finetune
 from renorm.lab.recipes.noniid import NonIid
 
 from .conftest import arrays
@@ -217,7 +218,8 @@ def test_full_disk_at_the_results_is_an_error_of_one_line(recipe: NonIid, whole:
         with pytest.raises(KeyboardInterrupt):
             job.carry_out(recipe, "")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", at_call(3 + STEPS // EVERY + 2, os.fsync, full))  # folder, checkpoints, curves.csv
+        before = 1 + STEPS // EVERY + 1  # provenance.json, checkpoints and weights
+        patch.setattr(os, "fsync", at_call(before + 1, os.fsync, full))
         with pytest.raises(LabError, match=r"\.csv: cannot be written: No space left on device"):
             job.carry_out(recipe, "")
     job.carry_out(recipe, "")
@@ -229,3 +231,37 @@ def test_random_numbers_go_on_where_they_were():
     first = torch.rand(3)
     checkpoints.set_random_states(states, torch.device("cpu"))
     assert torch.equal(torch.rand(3), first)
+
+
+@pytest.fixture
+def finetune(tmp_path: Path) -> Finetune:
+    """A run that trains on other classes before."""
+    return Finetune(
+        methods=("batch_norm",), seeds=1, steps=4, pretraining_steps=6, workers=1, logger="none", out=tmp_path / "tuned"
+    )
+
+
+def test_pretraining_stops_at_once_and_is_not_repeated_once_it_is_finished(finetune: Finetune):
+    dataset = finetune.load()
+    (run, *_) = finetune.runs(dataset)
+    calls: list[int] = []
+
+    def stop_after(number: int) -> Callable[[int], None]:
+        def progress(step: int) -> None:
+            calls.append(step)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+
+        return progress
+
+    for number in (3, 7):  # in the pretraining, and in the first step after it
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            training.train(run, dataset, finetune, stop_after(number))
+        assert calls == ([0] * 6 + [1])[:number]
+    calls.clear()
+    resumed = training.train(run, dataset, finetune, calls.append)
+    assert calls == [1, 2, 3, 4]
+    Checkpoints(finetune.folder, run).remove()
+    whole = training.train(run, dataset, finetune, calls.append)
+    assert whole.curve == resumed.curve

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,12 @@ import pytest
 import torch
 import yaml
 
-from renorm.lab import job
+from renorm.lab import execution, job
 from renorm.lab.cli import main
 from renorm.lab.errors import LabError
 from renorm.lab.recipes.microbatch import Microbatch
 from renorm.lab.recipes.noniid import NonIid
+from renorm.lab.runs import Result, Run
 from renorm.lab.training import train
 
 from .conftest import arrays
@@ -99,7 +101,6 @@ def test_folder_of_an_older_version_goes_on_or_is_refused(noniid: NonIid):
     (noniid.folder / "settings.json").write_text(json.dumps(old))
     job.carry_out(noniid, "")
     (noniid.folder / "settings.json").write_text(json.dumps(old | {"steps": 19}))
-    (noniid.folder / "config.yaml").unlink()
     with pytest.raises(LabError, match=r"holds results with steps = 19, not 20"):
         job.carry_out(noniid, "")
 
@@ -111,6 +112,28 @@ def test_folder_says_where_it_comes_from(noniid: NonIid):
     assert origin["command"] == "renorm run noniid --steps 20"
     assert origin["seeds"] == [0]
     assert origin["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_continuation_keeps_what_the_finished_runs_were_trained_with(noniid: NonIid, monkeypatch):
+    fewer = replace(noniid, methods=("batch_norm",))
+    job.carry_out(fewer, "first")
+    files = [noniid.folder / name for name in ("provenance.json", "command.txt", "config.yaml", "results.csv")]
+    before = [path.read_text() for path in files]
+    monkeypatch.setattr("renorm.lab.training.program_versions", lambda: (("torch", "9.9"),))
+    job.carry_out(fewer, "nothing is missing")
+    assert [path.read_text() for path in files] == before
+    drop_last_row(noniid.folder / "results.csv")
+    job.carry_out(fewer, "second")
+    origin = json.loads((noniid.folder / "provenance.json").read_text())
+    assert (noniid.folder / "command.txt").read_text() == "first\n"
+    assert origin["command"] == "first"
+    assert [entry["command"] for entry in origin["continued"]] == ["second"]
+    assert origin["continued"][0].keys() == {"command", "versions", "git"}
+    assert [row["torch"] for row in rows(noniid.folder)] == [torch.__version__, "9.9"]
+
+
+def drop_last_row(path: Path) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
 
 
 def test_config_is_read_back(noniid: NonIid, monkeypatch):
@@ -137,6 +160,36 @@ def test_damaged_results_are_named(noniid: NonIid):
     path.write_text(path.read_text().replace("batch norm", "batch nor"))
     with pytest.raises(LabError, match=r"results\.csv: damaged"):
         job.carry_out(noniid, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("curves.csv", "regime,method,seed,step\ni.i.d.,batch norm,0,one\n", "damaged, or of another version"),
+        ("measures.csv", "regime,method,seed,measure,value\na,b,0,c,much\n", "damaged, or of another version"),
+        ("results.csv", 'recipe,"', "cannot be read"),
+        ("config.yaml", "", "damaged: it must hold options by name"),
+        ("config.yaml", "a: [1", "damaged: "),
+        ("provenance.json", "[1]", "damaged: it must hold options by name"),
+        ("provenance.json", '{"command": ""}', "damaged: it does not name the recipe"),
+    ],
+)
+def test_damaged_file_is_named(finished: NonIid, name: str, content: str, message: str):
+    path = finished.folder / name
+    before = path.read_text()
+    path.write_text(content)
+    with pytest.raises(LabError, match=f"{name}: {message}") as raised:
+        job.carry_out(finished, "")
+    path.write_text(before)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> NonIid:
+    """A finished job."""
+    recipe = NonIid(methods=("batch_norm",), seeds=1, steps=20, workers=1, out=tmp_path_factory.mktemp("finished"))
+    job.carry_out(recipe, "")
+    return recipe
 
 
 @pytest.mark.slow
@@ -170,6 +223,24 @@ def group_lives(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def fail_first(run: Run, index: int) -> Result:
+    """The first run fails at once; the second is finished in the same moment, the third while workers are stopped."""
+    if index == 0:
+        raise RuntimeError("it failed")
+    time.sleep(0.5 * (index - 1))
+    return Result(0.0, 0.5, 0.5, 0.5, 0.5, 1.0, 1.0, 0.1, ())
+
+
+def test_results_beside_a_failure_are_kept(noniid: NonIid, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(execution, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(execution, "train_in_worker", fail_first)
+    kept: list[Run] = []
+    runs = noniid.runs(noniid.load())[:3]
+    with pytest.raises(LabError, match=f"{runs[0]}: it failed"):
+        execution.run_in_processes(runs, noniid, 3, lambda run, result: kept.append(run), lambda steps: None)
+    assert kept == runs[1:]
 
 
 @pytest.mark.slow

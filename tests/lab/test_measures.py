@@ -39,6 +39,14 @@ def test_contrastive_loss_is_its_formula(labels: list[int]):
     assert float(contrastive_loss(embeddings, torch.tensor(labels))) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_loss_of_zero_is_not_that_of_an_example_alone_in_its_class():
+    embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-0.75, 0.66], [-0.75, -0.66]])
+    labels = torch.tensor([0, 0, 1, 1])
+    found = float(contrastive_loss(embeddings, labels))
+    assert found == pytest.approx(naive_contrastive_loss(embeddings, labels), rel=1e-2)
+    assert float(contrastive_loss(embeddings[:2], labels[:2])) == 0
+
+
 def test_contrastive_loss_has_finite_gradients():
     embeddings = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, 4])
@@ -147,3 +155,23 @@ def test_statistics_of_the_training_images_give_nearly_the_same_accuracy(digits:
     accuracies = [value for name, value in found.items() if "accuracy" in name]
     assert len(accuracies) == 2
     assert min(accuracies) > 0.5
+
+
+def test_measures_compute_in_the_precision_of_the_run(digits: Dataset, model: nn.Module):
+    kinds = set()
+    handle = model[-1].register_forward_hook(lambda layer, inputs, output: kinds.add(output.dtype))
+    for precision, kind in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
+        kinds.clear()
+        measure(settings(measures="training mode+training batches", precision=precision), model, digits)
+        assert kinds == {kind}
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_training_that_diverged_can_be_measured(name: str, digits: Dataset, model: nn.Module):
+    with torch.no_grad():
+        model[1].weight.fill_(math.nan)
+    found = dict(measure(settings(measures=name), model, digits))
+    if name == "estimates":
+        assert len(found) == 4
+        assert all(math.isnan(value) for value in found.values())

@@ -168,6 +168,12 @@ def test_variants_train_otherwise_and_end_as_group_norm(variant: str):
     torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_variants_refuse_a_mask():
+    layer = norm_factory(group_norm(variant="random groups"))(16)
+    with pytest.raises(AssertionError, match="no mask"):
+        layer(torch.randn(6, 16, 4, 4), torch.ones(6, 4, 4, dtype=torch.bool))
+
+
 def test_even_groups_have_as_many_elements_everywhere():
     layer = norm_factory(group_norm(variant="even groups"))(64)
     assert [layer.channels(torch.empty(1, 64, size, size)) for size in (32, 16, 8, 4)] == [2, 8, 32, 64]
@@ -243,7 +249,7 @@ def test_pretraining_gives_all_weights_but_the_last(images: Dataset):
     settings = run(model="resnet8", pretraining_steps=5, limits=True, tracking="std", batch_size=8)
     model = make_network(settings, images)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    prepare(model, settings, images)
+    prepare(model, settings, images, lambda: None)
     same = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
     assert same == {"8.weight", "8.bias"}
     assert all(int(layer.num_batches_tracked) == 5 for layer in layers(model))
@@ -252,5 +258,5 @@ def test_pretraining_gives_all_weights_but_the_last(images: Dataset):
 def test_nothing_is_pretrained_unless_the_run_says_so(images: Dataset):
     model = network(images)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    prepare(model, run(), images)
+    prepare(model, run(), images, lambda: None)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -13,7 +13,7 @@ from PIL import Image
 from renorm.lab import job
 from renorm.lab.recipes import RECIPES
 
-from .conftest import arrays
+from .conftest import arrays, at_scale
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "finetune": {"image_size": 65, "batch_size": 4, "ghost_size": 2, "pretrained": False, "methods": ("group_norm",),
                  "steps": 1},
     "range": {"image_size": 16, "batch_size": 8, "group_sizes": (8, 2)},
-    "ablation": INCEPTION | PAIRS | {"changes": 1},
+    "ablation": INCEPTION | PAIRS | {"num_changes": 1},
     "negative": {"image_size": 16, "batch_size": 8, "variants": ("random groups",)},
     "metric": {"batch_size": 16, "examples_per_class": (2,), "methods": ("batch_renorm",)},
 }  # fmt: skip
@@ -58,20 +58,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", RECIPES)
 def test_paper_scale_starts_and_trains(name: str, folder: Path, tmp_path: Path):
     data = {"data": str(folder / "characters.npz")} if name == "metric" else {"data": "imagenet", "data_root": folder}
-    recipe = RECIPES[name].at("paper", **(FEW | data | {"out": tmp_path} | OPTIONS[name]))
+    recipe = at_scale(RECIPES[name], "paper", **(FEW | data | {"out": tmp_path} | OPTIONS[name]))
     job.carry_out(recipe, "")
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(recipe.runs(recipe.load()))
-    paper = RECIPES[name].at("paper")
+    paper = at_scale(RECIPES[name], "paper")
     assert {row["model"] for row in rows} == set(getattr(paper, "models", (paper.model,)))
 
 
 def test_inception_trains_on_images_of_299_pixels(folder: Path, tmp_path: Path):
-    recipe = RECIPES["baseline"].at(
-        "paper", **(FEW | {"steps": 1, "data_root": folder, "out": tmp_path, "methods": ("batch_renorm",)}),
-        batch_size=4, minibatches=2,
-    )  # fmt: skip
+    options = FEW | {"steps": 1, "data_root": folder, "out": tmp_path, "methods": ("batch_renorm",)}
+    recipe = at_scale(RECIPES["baseline"], "paper", **options, batch_size=4, minibatches=2)
     assert recipe.image_size == 299
     job.carry_out(recipe, "")
     assert (tmp_path / "results.csv").read_text().count("torchvision/inception_v3") == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
 import renorm
@@ -13,6 +14,7 @@ from renorm.lab.cli import main
 from renorm.lab.data import load_dataset
 from renorm.lab.evaluation import best_alpha, evaluate, set_example_weight
 from renorm.lab.models import build_model, resnet
+from renorm.lab.progress import RunProgress
 from renorm.lab.ranks import make_fabric
 from renorm.lab.runs import Result, Run
 from renorm.lab.summary import markdown_table, summarize
@@ -103,3 +105,13 @@ def test_a_minibatch_in_several_forwards_is_as_in_one(forward_size: int):
 def test_error_is_one_line(capsys: pytest.CaptureFixture[str]):
     assert main(["run", "noniid", "--data", "missing.npz"]) == 1
     assert capsys.readouterr().err == "renorm: error: missing.npz: there is no such file\n"
+
+
+def test_progress_moves_only_the_lines_whose_steps_have_changed(monkeypatch: pytest.MonkeyPatch):
+    runs = [run(seed=seed, steps=4) for seed in range(3)]
+    moved: list[int] = []
+    monkeypatch.setattr(Progress, "update", lambda self, task, **changes: moved.append(task))
+    with RunProgress(runs, 0, [2] * 3, visible=False) as progress:
+        progress.show([1, 0, 0])
+        progress.show([1, 2, 0])
+    assert moved == [1, 0, 2, 0]  # 0 is the bar of all runs

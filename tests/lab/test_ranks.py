@@ -16,6 +16,7 @@ from renorm.lab import job, ranks
 from renorm.lab.errors import LabError
 from renorm.lab.ranks import Share, share_of
 from renorm.lab.recipes.microbatch import Microbatch
+from renorm.lab.recipes.range import Range
 
 from .test_parts import run
 
@@ -57,15 +58,17 @@ def test_without_torchrun_there_is_one_rank():
     assert (ranks.number(), ranks.rank(), ranks.from_first("mine"), ranks.device("cuda")) == (1, 0, "mine", "cuda")
 
 
-def torchrun(number: int, recipe: Microbatch) -> subprocess.Popen[bytes]:
+def torchrun(number: int, recipe: Microbatch | Range) -> subprocess.Popen[bytes]:
     options = [
         f"--data={recipe.data}", f"--batch-size={recipe.batch_size}", f"--steps={recipe.steps}", "--seeds=1",
         f"--group-sizes={list(recipe.group_sizes)}", f"--methods={list(recipe.methods)}", "--augment=true",
-        f"--forward-size={recipe.forward_size or 'null'}", f"--checkpoint-every={recipe.checkpoint_every}",
+        f"--checkpoint-every={recipe.checkpoint_every}",
         "--save-weights=true", "--logger=none", f"--out={recipe.folder}",
     ]  # fmt: skip
+    if isinstance(recipe, Microbatch):
+        options.append(f"--forward-size={recipe.forward_size or 'null'}")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
-    return subprocess.Popen([*launcher, "-m", "renorm.lab", "run", "microbatch", *options])
+    return subprocess.Popen([*launcher, "-m", "renorm.lab", "run", recipe.name, *options])
 
 
 def losses(folder: Path) -> list[float]:
@@ -117,3 +120,20 @@ def test_terminated_ranks_go_on_to_the_same_end(together: Microbatch, tmp_path: 
     assert torchrun(2, stopped).wait(300) == 0
     assert losses(stopped.folder) == losses(whole.folder)
     torch.testing.assert_close(weights(stopped.folder), weights(whole.folder), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_what_ranks_measure_is_that_of_one_process(npz: Path, tmp_path: Path):
+    together = Range(
+        data=str(npz), seeds=1, steps=8, batch_size=16, augment=True, group_sizes=(8,), workers=1, save_weights=True,
+        logger="none", out=tmp_path / "together",
+    )  # fmt: skip
+    alone = replace(together, out=tmp_path / "alone")
+    job.carry_out(alone, "")
+    assert torchrun(4, together).wait(300) == 0  # groups of two ranks
+    assert measures(together.folder) == pytest.approx(measures(alone.folder), rel=1e-3)
+
+
+def measures(folder: Path) -> dict[str, float]:
+    with (folder / "measures.csv").open() as file:
+        return {row["measure"]: float(row["value"]) for row in csv.DictReader(file)}

@@ -12,20 +12,26 @@ import pytest
 import torch
 
 from renorm.lab import job
+from renorm.lab.batches import batches
 from renorm.lab.cli import main
 from renorm.lab.data import Dataset, Part, load_dataset
 from renorm.lab.data.dataset import assemble
+from renorm.lab.errors import LabError
 from renorm.lab.methods import limits, norm_factory
+from renorm.lab.network import make_network
 from renorm.lab.recipes import RECIPES
 from renorm.lab.recipes.noniid import NonIid
 from renorm.lab.runs import Run
 
+from .conftest import at_scale
+
 SLOW = ("decay", "allfour", "ablation", "negative")
+WITHOUT_GHOST = ("baseline", "ablation", "decay", "smallbatch", "allfour", "negative")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RECIPES])
 def test_every_recipe_runs_at_tiny(name: str, tmp_path: Path):
-    recipe = RECIPES[name].at("tiny", workers=1, out=tmp_path, logger="none")
+    recipe = at_scale(RECIPES[name], "tiny", workers=1, out=tmp_path, logger="none")
     job.carry_out(recipe, "")
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -43,7 +49,7 @@ def images() -> Dataset:
 
 
 def paper(name: str, images: Dataset, **options: Any) -> list[Run]:
-    return RECIPES[name].at("paper", seeds=1, **options).runs(images)
+    return at_scale(RECIPES[name], "paper", seeds=1, **options).runs(images)
 
 
 def by_method(runs: list[Run]) -> dict[str, Run]:
@@ -151,15 +157,81 @@ def test_group_norm_is_evaluated_by_the_example_alone(images: Dataset):
 def test_seeds_and_cells_are_distinct(images: Dataset):
     for name, recipe in RECIPES.items():
         for scale in recipe.scales:
-            runs = recipe.at(scale, seeds=2).runs(images)
+            runs = at_scale(recipe, scale, seeds=2).runs(images)
             assert len({run.key for run in runs}) == len(runs), (name, scale)
             assert set(Counter((run.method, run.regime) for run in runs).values()) == {2}, (name, scale)
 
 
-def test_methods_of_a_seed_start_from_the_same_weights_and_see_the_same_batches():
-    runs = NonIid(seeds=2).runs(load_dataset("digits", Path(), 8))
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset("digits", Path(), 8)
+
+
+def test_methods_of_a_seed_start_from_the_same_weights_and_see_the_same_batches(digits: Dataset):
+    runs = NonIid(seeds=2).runs(digits)
     assert len({run.key for run in runs}) == len(runs) == 6 * 2 * 2
     assert {(run.steps, run.lr, run.momentum, run.batch_size) for run in runs} == {(1_000, 0.05, 0.05, 32)}
+    seen: dict[tuple[int, str], set[tuple[float, ...]]] = {}
+    for run in runs:
+        torch.manual_seed(run.seed)
+        weights = next(make_network(run, digits).parameters()).flatten().tolist()
+        labels = next(batches(run, digits))[1].tolist()
+        seen.setdefault((run.seed, run.regime), set()).add((*weights, *labels))
+    assert [len(starts) for starts in seen.values()] == [1] * 4
+    assert len(set.union(*seen.values())) == 4
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_group_norm_is_of_single_examples_in_every_recipe(name: str, images: Dataset):
+    runs = RECIPES[name](methods=("group_norm",)).runs(images)
+    groups = {(run.examples_per_group, run.channels_per_group) for run in runs if run.method.startswith("group norm")}
+    assert groups == {(1, 8)}
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - set(WITHOUT_GHOST)))
+def test_ghost_batch_norm_has_a_size_in_every_recipe_that_takes_it(name: str, images: Dataset):
+    runs = RECIPES[name](methods=("ghost_batch_norm",)).runs(images)
+    groups = [run.examples_per_group for run in runs if run.method.startswith("ghost batch norm")]
+    assert groups
+    assert None not in groups
+
+
+@pytest.mark.parametrize("name", WITHOUT_GHOST)
+def test_ghost_batch_norm_without_a_size_is_refused(name: str, images: Dataset):
+    with pytest.raises(LabError, match=f"methods of recipe {name} cannot be ghost_batch_norm"):
+        RECIPES[name](methods=("ghost_batch_norm",)).runs(images)
+
+
+def test_downloaded_weights_are_not_trained_before():
+    recipe = RECIPES["finetune"](pretrained=True)
+    dataset = recipe.load()
+    assert dataset.pretraining is None
+    assert {run.pretraining_steps for run in recipe.runs(dataset)} == {0}
+
+
+def test_fine_tuned_batch_group_norm_has_its_groups(digits: Dataset):
+    runs = RECIPES["finetune"](methods=("batch_group_norm", "batch_group_renorm"), group_size=4).runs(digits)
+    assert {run.examples_per_group for run in runs if run.channels_per_group == 8} == {4}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["noniid", "--average", "1"], "average must be at least 0 and less than 1, got 1.0"),
+        (["metric", "--batch-size", "4", "--examples-per-class", "[2, 8]"],
+         "batch_size must be at least examples_per_class=8, got 4"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_fit_are_told_in_a_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["run", *arguments]) == 1
+    assert capsys.readouterr().err == f"renorm: error: {message}\n"
+
+
+@pytest.mark.parametrize("name", ["digits", "Digits"])
+def test_digits_are_for_a_perceptron_however_they_are_written(name: str, digits: Dataset):
+    assert {run.model for run in NonIid(data=name).runs(digits)} == {"mlp"}
 
 
 def test_recipes_are_short_files():
@@ -171,8 +243,8 @@ def test_every_recipe_has_every_scale():
     for recipe in RECIPES.values():
         assert set(recipe.scales) == {"tiny", "small", "paper"}
         for scale in recipe.scales:
-            assert recipe.at(scale).scale == scale
-        assert recipe.at("small", steps=7).steps == 7
+            assert at_scale(recipe, scale).scale == scale
+        assert at_scale(recipe, "small", steps=7).steps == 7
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -207,7 +279,7 @@ def carried_out(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_options_override_the_scale(arguments: list[str], carried_out: list[Any]):
     assert main(["run", "ghost", *arguments]) == 0
     (recipe,) = carried_out
-    assert recipe == RECIPES["ghost"].at("small", steps=5)
+    assert recipe == at_scale(RECIPES["ghost"], "small", steps=5)
 
 
 def test_without_a_scale_defaults_are_the_recipes_own(carried_out: list[Any]):
@@ -228,7 +300,17 @@ def test_a_written_configuration_runs_again(tmp_path: Path, carried_out: list[An
     path = tmp_path / "config.yaml"
     path.write_text(capsys.readouterr().out)
     assert main(["run", "metric", "--config", str(path), "--seeds", "2"]) == 0
-    assert carried_out == [RECIPES["metric"].at("tiny", lr=0.01, seeds=2)]
+    assert carried_out == [at_scale(RECIPES["metric"], "tiny", lr=0.01, seeds=2)]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--scale", "tiny"]])
+def test_scale_of_a_configuration_gives_the_defaults_unless_the_command_line_has_one(
+    arguments: list[str], tmp_path: Path, carried_out: list[Any]
+):
+    path = tmp_path / "config.yaml"
+    path.write_text("scale: small\nlr: 0.02\n")
+    assert main(["run", "ghost", *arguments, "--config", str(path)]) == 0
+    assert carried_out == [at_scale(RECIPES["ghost"], "tiny" if arguments else "small", lr=0.02)]
 
 
 def test_list_names_the_recipes_with_claim_and_source(capsys: pytest.CaptureFixture[str]):

@@ -32,6 +32,8 @@ from renorm.lab.report.intervals import Difference, difference
 from renorm.lab.report.kinds import Claim
 from renorm.lab.runs import Result, Run
 
+from .conftest import at_scale
+
 ROOT = Path(__file__).parent.parent.parent
 COMMITTED = ("noniid-digits", "noniid-digits-lr0.02", "microbatch-digits", "noniid-cifar100", "microbatch-cifar100")
 
@@ -111,8 +113,9 @@ def test_page_needs_nothing_from_elsewhere_and_every_picture_has_words(committed
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "url(" not in text
     assert "@import" not in text
-    columns = 2 + 2 + 4 + 2 + 1  # regimes of the five folders
-    assert len(page.images) == 2 * columns
+    files = [ROOT / "results" / name / "results.csv" for name in COMMITTED]
+    regimes = {(file, row["regime"]) for file in files for row in csv.DictReader(file.open())}
+    assert len(page.images) == 2 * len(regimes)
     for image in page.images:
         assert len(image["alt"] or "") > 60
         picture = ElementTree.fromstring(b64decode((image["src"] or "").partition(",")[2]))
@@ -259,7 +262,7 @@ def test_every_claim_is_tested_and_every_number_met_by_a_recipe(tmp_path: Path):
     digits = load_dataset("digits", tmp_path, 32)
     tested: set[str] = set()
     met: set[float] = set()
-    recipes = [recipe.at("paper") for recipe in RECIPES.values()]
+    recipes = [at_scale(recipe, "paper") for recipe in RECIPES.values()]
     for recipe in [*recipes, NonIidClasses(independent=True), WeightDecay()]:
         results = {}
         for run in recipe.runs(digits):
@@ -297,6 +300,15 @@ def test_unfinished_folder_says_what_is_missing(tmp_path: Path):
     text = (tmp_path / "out/report.md").read_text()
     assert "| batch renorm | 70.0 | 70.0 | - | - |" in text
     assert "over 1 to 2 seeds" in text
+
+
+def test_seeds_without_a_curve_are_left_out_of_pictures(tmp_path: Path):
+    folder = write_folder(tmp_path / "gaps", seeds([0.5, 0.6]))
+    lines = (folder / "curves.csv").read_text().splitlines(keepends=True)
+    (folder / "curves.csv").write_text("".join(line for line in lines if ",0," not in line))
+    report([folder], tmp_path / "out")
+    page = Page((tmp_path / "out/report.html").read_text())
+    assert "batch norm 50.0 halfway, 50.0 at the end" in (page.images[1]["alt"] or "")
 
 
 def test_names_are_no_markup(tmp_path: Path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,3 +125,16 @@ def test_without_tensorboard_it_is_said_once(
     assert capsys.readouterr().err.count("TensorBoard is not installed") == 1
     assert not (short.folder / "logs").exists()
     assert (short.folder / "curves.csv").exists()
+
+
+def test_each_training_has_a_run_of_its_own_in_wandb(short: NonIid, monkeypatch: pytest.MonkeyPatch):
+    calls: list[str] = []
+    logger = SimpleNamespace(
+        log_metrics=lambda numbers, step: None, finalize=lambda status: calls.append(f"finalized as {status}")
+    )
+    wandb = SimpleNamespace(finish=lambda exit_code: calls.append(f"finished with {exit_code}"))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(loggers, "_missing_package", lambda name: None)
+    monkeypatch.setattr(loggers, "_make_logger", lambda recipe, run, step: logger)
+    job.carry_out(replace(short, logger="wandb"), "")
+    assert calls == ["finalized as success", "finished with 0"] * 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -15,8 +16,6 @@ from .data import Dataset, Part
 from .data.augmentation import crop_and_flip
 from .data.files import ImageFiles
 from .runs import Run
-
-_DECODERS = 8  # processes that read image files while a GPU trains
 
 
 class ParallelBatchSampler:
@@ -69,7 +68,7 @@ def batch_sampler(run: Run, train: Part) -> BatchSampler:
         run.classes_per_batch,
         run.examples_per_class,
         replacement=run.replacement,
-        order=run.order,  # type: ignore[arg-type]  # a str in a run
+        order=run.order,
         examples_per_group=run.examples_per_group if run.order == "split" else None,
         batches_per_epoch=max(workers, len(train) // (run.classes_per_batch * run.examples_per_class)),
         seed=run.seed,
@@ -90,7 +89,7 @@ def batches(run: Run, dataset: Dataset, start: int = 0) -> Iterator[tuple[Tensor
         from torch's random numbers of the CPU.
     """
     indices = islice(_indices(batch_sampler(run, dataset.train), start), run.steps - start)
-    for images, labels in _draw(run, dataset.train, indices):
+    for images, labels in _draw(run, dataset.train, indices, start):
         yield dataset.standardize(images), labels
 
 
@@ -102,9 +101,9 @@ def _indices(sampler: BatchSampler, start: int) -> Iterator[list[int]]:
         epoch, first = epoch + 1, 0
 
 
-def _draw(run: Run, train: Part, indices: Iterator[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+def _draw(run: Run, train: Part, indices: Iterator[list[int]], start: int) -> Iterator[tuple[Tensor, Tensor]]:
     if isinstance(train.images, ImageFiles):
-        yield from _decode(run, train.images, train.labels, indices)
+        yield from _decode(run, train.images, train.labels, indices, start)
         return
     for batch in indices:
         images = train.take(batch)
@@ -112,18 +111,24 @@ def _draw(run: Run, train: Part, indices: Iterator[list[int]]) -> Iterator[tuple
 
 
 def _decode(
-    run: Run, files: ImageFiles, labels: Tensor, indices: Iterator[list[int]]
+    run: Run, files: ImageFiles, labels: Tensor, indices: Iterator[list[int]], start: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    is_on_gpu = labels.device.type != "cpu"
+    # The decoders draw other random numbers for each seed, and after an interruption, and none of torch's own.
+    seed = int(np.random.SeedSequence((run.seed, start)).generate_state(1)[0])  # torch would take the low 32 bits alone
     loader = DataLoader(
         _Decoded(files, labels.cpu(), run.augment),
         batch_sampler=indices,
-        num_workers=_DECODERS if is_on_gpu else 0,
-        pin_memory=is_on_gpu,
-        generator=torch.Generator(),  # its seed must not come from the numbers that augmentation draws
+        num_workers=_decoders(labels.device),
+        pin_memory=labels.device.type != "cpu",
+        generator=torch.Generator().manual_seed(seed),
     )
     for images, targets in loader:
         yield images.to(labels.device, non_blocking=True), targets.to(labels.device, non_blocking=True)
+
+
+def _decoders(device: torch.device) -> int:
+    """Processes that read image files beside the training."""
+    return 0 if device.type == "cpu" else 8
 
 
 class _Decoded(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):

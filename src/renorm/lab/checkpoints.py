@@ -40,7 +40,7 @@ class Checkpoints:
             LabError: it cannot be written, as when the disk is full.
         """
         data = BytesIO()
-        torch.save(_plain(state), data)
+        torch.save(_with_builtin_numbers(state), data)
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"step-{step:09d}-{_digest(data.getvalue())}.pt"
         replace_file(path, lambda temporary: temporary.write_bytes(data.getbuffer()))
@@ -73,12 +73,12 @@ class Checkpoints:
         return sorted(self._folder.glob("step-*.pt"), reverse=True)
 
 
-def _plain(value: Any) -> Any:
+def _with_builtin_numbers(value: Any) -> Any:
     """Without the types of numbers that check their range, which torch.load would have to import."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _with_builtin_numbers(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_plain(item) for item in value)
+        return type(value)(_with_builtin_numbers(item) for item in value)
     plain = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
     return value if plain is None else plain(value)
 

@@ -18,6 +18,7 @@ from .job import carry_out
 from .recipe import Scale
 from .recipes import RECIPES
 from .report import report
+from .store import read_settings
 
 _INTERRUPTED = 130  # what shells expect after Ctrl-C
 
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for an error, 130 for an interrupt.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser(_scale(arguments)).parse_args([_with(argument, "-", "_") for argument in arguments])
+    scale, last = _scale(arguments)
+    options = _parser(scale).parse_args([_with(argument, "-", "_") for argument in [*arguments, *last]])
     if options.command == "list":
         print(_recipe_list())
         return 0
@@ -78,15 +80,23 @@ def _with(option: str, old: str, new: str) -> str:
     return f"--{name.replace(old, new)}{equals}{value}"
 
 
-def _scale(arguments: Sequence[str]) -> Scale | None:
-    """The scale that is asked for, whose defaults the other options, and --help, go by."""
+def _scale(arguments: Sequence[str]) -> tuple[Scale | None, list[str]]:
+    """The scale that is asked for, whose defaults the other options, and --help, go by.
+
+    Returns:
+        The scale, and arguments to add, so that the command line's scale wins over that of a --config after it.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--scale", choices=get_args(Scale))
+    parser.add_argument("--config", type=Path)
     try:
-        scale: Scale | None = parser.parse_known_args(arguments)[0].scale
-    except argparse.ArgumentError:
-        return None  # the parser that knows all options says what is wrong
-    return scale
+        known = parser.parse_known_args(arguments)[0]
+        if known.scale is not None:
+            return known.scale, [f"--scale={known.scale}"]
+        scale = None if known.config is None else read_settings(known.config).get("scale")
+    except (argparse.ArgumentError, LabError):
+        return None, []  # the parser that knows all options says what is wrong
+    return scale if scale in get_args(Scale) else None, []
 
 
 def _parser(scale: Scale | None) -> ArgumentParser:

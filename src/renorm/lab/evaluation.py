@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import renorm
 
 from .data import Dataset, Part
 from .objectives import Score, make_scoring
 from .runs import Run
+
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 ALPHAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 _BATCH_SIZE = 500
@@ -29,11 +31,10 @@ def set_example_weight(model: nn.Module, alpha: float) -> None:
             module.example_weight = alpha
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, run: Run, dataset: Dataset, part: Part, alpha: float = 0.0, examples: int | None = None
 ) -> Score:
-    """Quality of a network in evaluation mode; its mode is restored.
+    """Quality of a network in evaluation mode; its mode is restored, its example weight is 0 afterwards.
 
     Args:
         model: the network.
@@ -46,16 +47,48 @@ def evaluate(
     Returns:
         The score.
     """
-    training, scoring = model.training, make_scoring(run)
+    training = model.training
     model.eval()
     set_example_weight(model, alpha)
-    for images, labels in part.chunks(_BATCH_SIZE, examples):
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=run.precision == "bf16-mixed"):
-            output = model(dataset.standardize(images))
-        scoring.add(output.float(), labels)
+    found = score(model, run, standardized(dataset, part, examples))
     set_example_weight(model, 0.0)
     model.train(training)
+    return found
+
+
+@torch.no_grad()
+def score(model: nn.Module, run: Run, batches: Batches) -> Score:
+    """Quality of a network in the mode and with the example weights that it has.
+
+    Args:
+        model: the network.
+        run: says what counts, and in which precision.
+        batches: standardized images, (N, C, H, W), and labels, (N,).
+
+    Returns:
+        The score.
+    """
+    scoring = make_scoring(run)
+    for images, labels in batches:
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=run.precision == "bf16-mixed"):
+            output = model(images)
+        scoring.add(output.float(), labels)
     return scoring.score()
+
+
+def standardized(dataset: Dataset, part: Part, examples: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """A part in its order, as networks take it.
+
+    Args:
+        dataset: data that `part` belongs to.
+        part: of these data.
+        examples: number of first examples; by default all.
+
+    Yields:
+        Images, (N, C, H, W), and labels, (N,).
+    """
+    for images, labels in part.chunks(_BATCH_SIZE, examples):
+        yield dataset.standardize(images), labels
 
 
 def best_alpha(accuracy: Mapping[float, float]) -> float:

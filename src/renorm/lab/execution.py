@@ -74,7 +74,7 @@ def run_in_processes(runs: Sequence[Run], recipe: Recipe, workers: int, keep: Ke
             while waiting:
                 finished, _ = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
                 show(steps_done)
-                for future in finished:
+                for future in sorted(finished, key=_has_failed):  # what succeeded is kept first
                     _keep_finished(future, runs[waiting[future]], keep)
                     del waiting[future]
         except BrokenProcessPool:
@@ -83,6 +83,13 @@ def run_in_processes(runs: Sequence[Run], recipe: Recipe, workers: int, keep: Ke
         finally:
             stop.value = 1
             pool.shutdown(cancel_futures=True)
+            for future, index in waiting.items():
+                if not _has_failed(future):
+                    keep(runs[index], future.result())
+
+
+def _has_failed(future: Future[Result]) -> bool:
+    return future.cancelled() or future.exception() is not None
 
 
 def _keep_finished(future: Future[Result], run: Run, keep: Keep) -> None:

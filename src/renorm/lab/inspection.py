@@ -62,9 +62,17 @@ def inspect_model(
         raise LabError(str(error)) from error
     Console().print(found)
     if csv is not None:
-        found.to_csv(csv)
+        replace_file(csv, found.to_csv)
     if plot is not None:
-        replace_file(plot, lambda path: found.plot().savefig(path, format=plot.suffix.removeprefix(".") or "png"))
+        _save(found, plot)
+
+
+def _save(found: renorm.Inspection, plot: Path) -> None:
+    kind = plot.suffix.removeprefix(".") or "png"
+    try:
+        replace_file(plot, lambda path: found.plot().savefig(path, format=kind))
+    except ValueError as error:  # no kind of picture
+        raise LabError(f"{plot}: {error}") from None
 
 
 def _made(option: str, place: str) -> Any:
@@ -79,6 +87,8 @@ def _made(option: str, place: str) -> Any:
         raise LabError(f"{place}: {error}") from error
     finally:
         sys.path.pop(0)
+    if isinstance(function, nn.Module) or not callable(function):
+        raise LabError(f"{option} must be module:function, got {place!r}, a {type(function).__name__}")
     return function()
 
 

@@ -19,10 +19,11 @@ from .loggers import check_logger
 from .network import make_network
 from .plots import plot_bars, plot_curves
 from .progress import RunProgress
-from .provenance import open_folder
+from .provenance import check_folder, write_origin
 from .recipe import Recipe
+from .results import Results, read_finished, write_results
 from .runs import Result, Run
-from .store import Results, file_stem, read_results, replace_text, write_results
+from .store import file_stem, replace_text
 from .summary import markdown_table, summarize, terminal_table
 
 
@@ -46,8 +47,10 @@ def carry_out(recipe: Recipe, command: str) -> None:
     _check(runs, dataset, recipe)
     results: Results = {}
     if ranks.rank() == 0:
-        open_folder(recipe, command)
-        results = read_results(recipe.folder, runs)
+        check_folder(recipe)
+        results = read_finished(recipe.folder, runs)
+        if len(results) < len(runs):
+            write_origin(recipe, command)
     results = ranks.from_first(results)
     with hearing_termination():
         _run_missing(recipe, runs, results, dataset)
@@ -76,7 +79,7 @@ def _run_missing(recipe: Recipe, runs: list[Run], results: Results, dataset: Dat
 
 def _check(runs: list[Run], dataset: Dataset, recipe: Recipe) -> None:
     if not runs or len({run.key for run in runs}) < len(runs):
-        raise LabError("options that are lists must have at least one element, and none of them twice")
+        raise LabError("options that are lists (as --methods) must have at least one element, and none of them twice")
     if len({file_stem(run) for run in runs}) < len(runs):
         raise LabError("names of methods and regimes must differ in more than punctuation, since files are named so")
     check_logger(recipe)

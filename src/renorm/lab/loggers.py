@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from importlib.util import find_spec
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -13,13 +14,10 @@ from renorm.integrations.monitor import monitor
 
 from . import ranks
 from .errors import LabError
+from .recipe import LoggerName, Recipe
 from .runs import CurvePoint, Run
 from .store import file_stem
 
-if TYPE_CHECKING:
-    from .recipe import Recipe
-
-LoggerName = Literal["tensorboard", "csv", "mlflow", "wandb", "none"]
 _PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 _POINTS = 100  # of the loss during a training
 
@@ -53,6 +51,7 @@ class Log:
     def __init__(self, recipe: Recipe, run: Run, step: int, model: nn.Module) -> None:
         writes = ranks.rank() == 0 and _missing_package(recipe.logger) is None
         self._logger = _make_logger(recipe, run, step) if writes else None
+        self._name = recipe.logger
         self._every = max(1, run.steps // _POINTS)
         self._monitor = None if self._logger is None else monitor(model, self._every)
 
@@ -66,6 +65,8 @@ class Log:
             self._monitor.close()
         if self._logger is not None:
             self._logger.finalize("success" if error is None else "aborted")
+            if self._name == "wandb":  # whose next logger would go on with the run that is open
+                importlib.import_module("wandb").finish(exit_code=int(error is not None))
 
     def step(self, step: int, loss: Tensor, lr: float) -> None:
         """Log a training step, if it is the time for it.

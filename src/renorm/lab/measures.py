@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from itertools import islice
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import renorm
 from renorm.samplers import ClassBatchSampler, RandomBatchSampler
 
 from .batches import batches
-from .data import Dataset, Part
-from .objectives import Score, make_scoring
+from .data import Dataset
+from .evaluation import evaluate, score, set_example_weight, standardized
 from .runs import Run
 
 Measure = Callable[[Run, nn.Module, Dataset], dict[str, float]]
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 CURVE_ALPHAS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
 _CLASSES, _EXAMPLES_PER_CLASS = 25, 2  # of a batch in training-mode evaluation, Ioffe 2017, section 4.3
-_BATCH_SIZE = 500
 _ESTIMATION_BATCH = 128
 _RANGE_BATCHES = 10
 
@@ -54,9 +53,9 @@ def training_mode(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, flo
     independent = RandomBatchSampler(len(part), min(len(part), pairs.batch_size), seed=run.seed)
     found: dict[str, float] = {}
     for name, sampler in (("25 classes x 2", pairs), ("i.i.d.", independent)):
-        with _normalizing_by_batches(model):
+        with _evaluating(model, by_batches=True):
             drawn = ((dataset.standardize(part.take(batch)), part.labels[batch]) for batch in sampler)
-            found[f"training-mode test accuracy, {name}"] = _score(run, model, drawn).accuracy
+            found[f"training-mode test accuracy, {name}"] = score(model, run, drawn).accuracy
     return found
 
 
@@ -67,9 +66,10 @@ def training_batches(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, 
         Ioffe 2017, section 4.3: the training accuracy falls with the test accuracy.
     """
     seen = list(islice(batches(run, dataset), min(run.steps, _RANGE_BATCHES)))
-    found = {"training accuracy": _evaluated(run, model, seen).accuracy}
-    with _normalizing_by_batches(model):
-        found["training-mode training accuracy"] = _score(run, model, seen).accuracy
+    with _evaluating(model):
+        found = {"training accuracy": score(model, run, seen).accuracy}
+    with _evaluating(model, by_batches=True):
+        found["training-mode training accuracy"] = score(model, run, seen).accuracy
     return found
 
 
@@ -81,21 +81,20 @@ def weighing(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for metric in ("accuracy", "cross_entropy"):
-        weighed = copy.deepcopy(model)
-        _set_example_weight(weighed, run.example_weight)
-        chosen = renorm.weigh(weighed, list(_batches(dataset, dataset.validation)), metric, show_progress=False)
-        score = _evaluated(run, weighed, _batches(dataset, dataset.test))
+        set_example_weight(model, run.example_weight)
+        chosen = renorm.weigh(model, list(standardized(dataset, dataset.validation)), metric, show_progress=False)
+        at_best = evaluate(model, run, dataset, dataset.test, chosen.best)
         found |= {
             f"alpha for {metric}": chosen.best,
             f"gain in validation {metric}": chosen.gain.mean,
             f"gain in validation {metric}, low": chosen.gain.low,
             f"gain in validation {metric}, high": chosen.gain.high,
-            f"test accuracy, weighed for {metric}": score.accuracy,
-            f"test loss, weighed for {metric}": score.loss,
+            f"test accuracy, weighed for {metric}": at_best.accuracy,
+            f"test loss, weighed for {metric}": at_best.loss,
         }
-    curve = {alpha: _at(run, model, dataset, alpha) for alpha in CURVE_ALPHAS}
-    found |= {f"test accuracy at alpha = {alpha}": score.accuracy for alpha, score in curve.items()}
-    return found | {f"test loss at alpha = {alpha}": score.loss for alpha, score in curve.items()}
+    curve = {alpha: evaluate(model, run, dataset, dataset.test, alpha) for alpha in CURVE_ALPHAS}
+    found |= {f"test accuracy at alpha = {alpha}": point.accuracy for alpha, point in curve.items()}
+    return found | {f"test loss at alpha = {alpha}": point.loss for alpha, point in curve.items()}
 
 
 def ranges(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, float]:
@@ -106,7 +105,7 @@ def ranges(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, float]:
     """
     training = islice(batches(run, dataset), min(run.steps, _RANGE_BATCHES))
     last = renorm.inspect(model, training, None, loss=None).layers[-1]
-    test = renorm.inspect(model, _batches(dataset, dataset.test), None, loss=None).layers[-1]
+    test = renorm.inspect(model, standardized(dataset, dataset.test), None, loss=None).layers[-1]
     return {
         "elements in a group": last.elements,
         "bound": last.bound,
@@ -125,12 +124,12 @@ def estimates(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, float]:
     for name, part in (("training images, not augmented", dataset.train), ("test images", dataset.test)):
         estimated = copy.deepcopy(model)
         sampler = RandomBatchSampler(len(part), min(len(part), _ESTIMATION_BATCH), seed=run.seed)
-        renorm.estimate(estimated, (dataset.standardize(part.take(batch)) for batch in sampler))
-        score = _evaluated(run, estimated, _batches(dataset, dataset.test))
-        found |= {
-            f"test accuracy, statistics of {name}": score.accuracy,
-            f"test loss, statistics of {name}": score.loss,
-        }
+        try:
+            renorm.estimate(estimated, (dataset.standardize(part.take(batch)) for batch in sampler))
+            accuracy, loss = astuple(evaluate(estimated, run, dataset, dataset.test))
+        except ValueError:
+            accuracy, loss = math.nan, math.nan  # a training that diverged has no statistics, and is a result too
+        found |= {f"test accuracy, statistics of {name}": accuracy, f"test loss, statistics of {name}": loss}
     return found
 
 
@@ -143,52 +142,17 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-def _batches(dataset: Dataset, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, labels in part.chunks(_BATCH_SIZE):
-        yield dataset.standardize(images), labels
-
-
-def _at(run: Run, model: nn.Module, dataset: Dataset, alpha: float) -> Score:
-    weighed = copy.deepcopy(model)
-    _set_example_weight(weighed, alpha)
-    return _evaluated(run, weighed, _batches(dataset, dataset.test))
-
-
-def _set_example_weight(model: nn.Module, alpha: float) -> None:
-    for layer in _layers(model):
-        layer.example_weight = alpha
-
-
-def _layers(model: nn.Module) -> list[renorm.Norm]:
-    return [module for module in model.modules() if isinstance(module, renorm.Norm)]
-
-
 @contextmanager
-def _normalizing_by_batches(model: nn.Module) -> Iterator[None]:
-    """Normalization layers in training mode, everything else as at evaluation; nothing moves."""
+def _evaluating(model: nn.Module, *, by_batches: bool = False) -> Iterator[None]:
+    """A network as at evaluation, but that its normalization layers may normalize by batches; nothing moves."""
     before = {module: module.training for module in model.modules()}
     model.eval()
-    for layer in _layers(model):
-        layer.training = True
+    for module in before:
+        if isinstance(module, renorm.Norm):
+            module.training = by_batches
     try:
         with renorm.freeze(model):
             yield
     finally:
         for module, mode in before.items():
             module.training = mode
-
-
-def _evaluated(run: Run, model: nn.Module, drawn: Batches) -> Score:
-    mode = model.training
-    model.eval()
-    score = _score(run, model, drawn)
-    model.train(mode)
-    return score
-
-
-@torch.no_grad()
-def _score(run: Run, model: nn.Module, drawn: Batches) -> Score:
-    scoring = make_scoring(run)
-    for images, labels in drawn:
-        scoring.add(model(images), labels)
-    return scoring.score()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -56,13 +55,11 @@ def rows(method: MethodName, ghost_sizes: Iterable[int], group_size: int) -> lis
         group_size: examples that share statistics in batch-group norm.
 
     Returns:
-        Label and examples that share statistics of each row; None for the whole minibatch.
+        Label and examples that share statistics of each row; None for what the method itself says.
     """
     label = METHODS[method].label
-    if method in ("batch_norm", "batch_renorm"):
+    if method in ("batch_norm", "batch_renorm", "group_norm"):
         return [(label, None)]
-    if method == "group_norm":
-        return [(label, 1)]
     sizes = ghost_sizes if method == "ghost_batch_norm" else (group_size,)
     return [(f"{label}, n = {size}", size) for size in sizes]
 
@@ -106,15 +103,3 @@ def limits(run: Run) -> renorm.Limits:
     start = round(paper.start * run.plain_phase)
     r_end, d_end = (start + round((end - paper.start) * run.ramps) for end in (paper.r_end, paper.d_end))
     return replace(paper, start=start, r_end=r_end, d_end=d_end)
-
-
-def unclip(layers: Iterable[renorm.Norm]) -> None:
-    """Take the bounds off r and d after the plain phase, in place.
-
-    Args:
-        layers: with limits.
-    """
-    for layer in layers:
-        assert layer.limits is not None
-        start = layer.limits.start
-        layer.limits = renorm.Limits(math.inf, math.inf, start, start, start)

@@ -15,6 +15,8 @@ from .library import library_model
 
 Norm = Callable[[int], nn.Module]
 
+_HIDDEN_LAYERS, _WIDTH = 4, 128  # of the perceptron
+
 
 def build_model(
     name: str,
@@ -57,20 +59,18 @@ def build_model(
     return resnet(int(name.removeprefix(kind)), channels, num_classes, norm, shortcuts=kind == "resnet")
 
 
-def mlp(in_features: int, num_classes: int, norm: Norm, *, hidden_layers: int = 4, width: int = 128) -> nn.Module:
-    """A perceptron with a normalization layer after every hidden linear layer.
+def mlp(in_features: int, num_classes: int, norm: Norm) -> nn.Module:
+    """A perceptron of 4 hidden layers of 128 units, each with a normalization layer after it.
 
     Args:
         in_features: number of input values of an example.
         num_classes: number of outputs.
         norm: makes a normalization layer from a number of channels.
-        hidden_layers: number of hidden layers.
-        width: units of a hidden layer.
 
     Returns:
         A network from (N, *) with `in_features` values to (N, num_classes).
     """
-    widths = [in_features] + [width] * hidden_layers
+    widths = [in_features] + [_WIDTH] * _HIDDEN_LAYERS
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in pairwise(widths):
         layers += [nn.Linear(before, after, bias=False), norm(after), nn.ReLU()]

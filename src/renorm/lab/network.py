@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 import renorm
 
 from .data import Dataset
-from .methods import norm_factory, unclip
+from .methods import norm_factory
 from .models import build_model
 from .runs import Run
 
@@ -35,7 +37,10 @@ def make_network(run: Run, dataset: Dataset) -> nn.Module:
             assert layer.weight is not None
             layer.weight.requires_grad_(False)
     if run.limits:
-        unclip(_unclipped(run.unclipped, model, layers))
+        for layer in _unclipped(run.unclipped, model, layers):
+            assert layer.limits is not None
+            start = layer.limits.start  # of the correction, which then has no bound
+            layer.limits = renorm.Limits(math.inf, math.inf, start, start, start)
     return model
 
 

@@ -80,8 +80,8 @@ def contrastive_loss(embeddings: Tensor, labels: Tensor) -> Tensor:
         Khosla et al. 2020, "Supervised contrastive learning", equation 2, with temperature 0.1.
     """
     directions = F.normalize(embeddings.float())
-    losses, _ = _compare(directions, labels, 0, len(labels))
-    return losses.sum() / losses.count_nonzero().clamp(min=1)
+    losses, _, counts = _compare(directions, labels, 0, len(labels))
+    return losses.sum() / counts.sum().clamp(min=1)
 
 
 class _Classification:
@@ -110,14 +110,14 @@ class _Retrieval:
         directions, labels = torch.cat(self._directions), torch.cat(self._labels)
         correct, loss = 0, 0.0
         for first in range(0, len(labels), _ROWS):
-            losses, found = _compare(directions, labels, first, first + _ROWS)
+            losses, found, _ = _compare(directions, labels, first, first + _ROWS)
             correct += int(found.sum())
             loss += float(losses.sum())
         return Score(correct / len(labels), loss / len(labels))
 
 
-def _compare(directions: Tensor, labels: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Loss of some examples, and whether the nearest of all others is of their class."""
+def _compare(directions: Tensor, labels: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of some examples, whether the nearest of all others is of their class, and whether any is."""
     rows = torch.arange(first, min(last, len(labels)), device=labels.device)
     itself = rows[:, None] == torch.arange(len(labels), device=labels.device)
     similarity = directions[rows] @ directions.T / _TEMPERATURE
@@ -125,4 +125,4 @@ def _compare(directions: Tensor, labels: Tensor, first: int, last: int) -> tuple
     positive = (labels[rows][:, None] == labels) & ~itself
     likelihood = similarity.log_softmax(1).masked_fill(~positive, 0.0)
     losses = -likelihood.sum(1) / positive.sum(1).clamp(min=1)
-    return losses, labels[similarity.argmax(1)] == labels[rows]
+    return losses, labels[similarity.argmax(1)] == labels[rows], positive.any(1)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
+from torch.optim.optimizer import ParamsT
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import renorm
@@ -30,10 +31,8 @@ def make_optimizer(model: nn.Module, run: Run) -> Optimizer:
     Raises:
         ValueError: there is no such optimizer or decay.
     """
-    groups = model.parameters()
-    if run.weight_decay > 0:
-        norm, toward = ("all", 1) if run.norm_decay == "one" else (run.norm_decay, 0)
-        groups = renorm.optim.param_groups(model, run.weight_decay, norm, toward)  # type: ignore[arg-type, assignment]
+    decays_toward_one = run.weight_decay > 0 and run.norm_decay == "one"
+    groups = _groups(model, run)
     if run.optimizer == "sgd":
         optimizer: Optimizer = torch.optim.SGD(groups, run.lr, momentum=_SGD_MOMENTUM)
     elif run.optimizer == "rmsprop":
@@ -42,8 +41,15 @@ def make_optimizer(model: nn.Module, run: Run) -> Optimizer:
         optimizer = RMSpropTF(groups, run.lr, alpha=_RMSPROP_DECAY, momentum=_RMSPROP_DECAY, eps=_RMSPROP_EPS)
     else:
         raise ValueError(f"optimizer must be sgd or rmsprop, got {run.optimizer}")
-    decays_toward_one = run.weight_decay > 0 and run.norm_decay == "one"
     return renorm.optim.decay_toward_one(optimizer) if decays_toward_one else optimizer
+
+
+def _groups(model: nn.Module, run: Run) -> ParamsT:
+    if run.weight_decay == 0:
+        return model.parameters()
+    if run.norm_decay == "one":
+        return renorm.optim.param_groups(model, run.weight_decay, "all", toward=1)
+    return renorm.optim.param_groups(model, run.weight_decay, run.norm_decay)
 
 
 def make_schedule(optimizer: Optimizer, run: Run, epoch_steps: int) -> LRScheduler:

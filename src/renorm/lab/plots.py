@@ -13,7 +13,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .store import Results, replace_file
+from .results import Results
+from .runs import CurvePoint
+from .store import replace_file
 from .summary import Summary
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; without the yellow, which is too light for lines.
@@ -99,7 +101,7 @@ def draw_curves(results: Results, summary: Summary, regimes: Sequence[str], titl
     figure, panels = _panels(regimes, title, height=3.6)
     for regime, axes in zip(regimes, panels, strict=True):
         for method, (colour, marker, line) in zip(summary.methods, _styles(), strict=False):
-            curves = [result.curve for run, result in results.items() if (run.method, run.regime) == (method, regime)]
+            curves = curves_of(results, method, regime)
             if not curves:
                 continue
             steps = [point.step for point in curves[0]]
@@ -114,6 +116,21 @@ def draw_curves(results: Results, summary: Summary, regimes: Sequence[str], titl
     spread = "" if summary.seeds == "1 seed" else f" (lines: mean of {summary.seeds}, bands: smallest to largest)"
     _add_legend(figure, f"method{spread}")
     return figure
+
+
+def curves_of(results: Results, method: str, regime: str) -> list[tuple[CurvePoint, ...]]:
+    """Curves of the seeds of one method in one regime.
+
+    Args:
+        results: result of each run.
+        method: row of the table.
+        regime: column of the table.
+
+    Returns:
+        Those that are known: a folder's curves.csv may lack some.
+    """
+    found = [result.curve for run, result in results.items() if (run.method, run.regime) == (method, regime)]
+    return [curve for curve in found if curve]
 
 
 def as_svg(figure: Figure) -> str:

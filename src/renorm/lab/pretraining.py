@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,7 @@ from .runs import Run
 _BATCH_SIZE = 128
 
 
-def prepare(model: nn.Module, run: Run, dataset: Dataset) -> None:
+def prepare(model: nn.Module, run: Run, dataset: Dataset, keep_going: Callable[[], object]) -> None:
     """Train a network of plain batch norm on the classes set aside for it, and take over its weights, in place.
 
     All but the last layer, whose classes are others. Does nothing unless the run says so.
@@ -27,6 +28,7 @@ def prepare(model: nn.Module, run: Run, dataset: Dataset) -> None:
         model: the network, on the data's device.
         run: the run.
         dataset: with images to pretrain on.
+        keep_going: called after each step; may raise to stop.
     """
     if not run.pretraining_steps:
         return
@@ -39,13 +41,13 @@ def prepare(model: nn.Module, run: Run, dataset: Dataset) -> None:
     )  # fmt: skip
     other = replace(dataset, train=dataset.pretraining, pretraining=None)
     source = make_network(first, other).to(dataset.mean.device)
-    _train(source, first, other)
+    _train(source, first, other, keep_going)
     own = model.state_dict()
     taken = {name: value for name, value in source.state_dict().items() if value.shape == own[name].shape}
     model.load_state_dict(own | taken)
 
 
-def _train(model: nn.Module, run: Run, dataset: Dataset) -> None:
+def _train(model: nn.Module, run: Run, dataset: Dataset, keep_going: Callable[[], object]) -> None:
     optimizer, loss = make_optimizer(model, run), objective(run)
     schedule = make_schedule(optimizer, run, run.steps)
     for images, labels in batches(run, dataset):
@@ -53,4 +55,5 @@ def _train(model: nn.Module, run: Run, dataset: Dataset) -> None:
         loss(model(images), labels).backward()
         optimizer.step()
         schedule.step()
+        keep_going()
     torch.manual_seed(run.seed)  # what follows is the same whatever the pretraining drew

@@ -26,6 +26,7 @@ class RunProgress:
         self._runs = runs
         self._before = finished
         self._epoch_steps = epoch_steps
+        self._shown = [0] * len(runs)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -55,8 +56,12 @@ class RunProgress:
             steps_done: steps done of each run.
         """
         finished = self._before
-        for run, line, steps, epoch in zip(self._runs, self._lines, steps_done, self._epoch_steps, strict=True):
+        lines = zip(self._runs, self._lines, steps_done, self._epoch_steps, strict=True)
+        for index, (run, line, steps, epoch) in enumerate(lines):
             finished += steps == run.steps
+            if steps == self._shown[index]:
+                continue
+            self._shown[index] = steps
             text = f"  {run}: epoch {-(-steps // epoch)} of {-(-run.steps // epoch)}"
             self._progress.update(line, description=text, completed=steps, visible=0 < steps < run.steps)
         total = self._before + len(self._runs)

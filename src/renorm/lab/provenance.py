@@ -12,58 +12,95 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+
+import renorm
 
 from . import ranks
 from .errors import LabError
 from .recipe import Recipe
-from .store import replace_text
+from .store import read_settings, replace_text
 
-# Options that change results by rounding at most.
-_INDIFFERENT = ("out", "workers", "checkpoint_every", "logger", "save_weights")
+_INDIFFERENT = ("out", "data_root", "workers", "checkpoint_every", "logger", "save_weights")  # results are the same
 _PACKAGES = ("renorm", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn")
 
 
-def open_folder(recipe: Recipe, command: str) -> None:
-    """Create the output folder, or make sure that it was made by the same recipe with the same options.
+def check_folder(recipe: Recipe) -> None:
+    """Make sure that the output folder, if there is one, was made by the same recipe with the same options.
 
-    Writes config.yaml, which `renorm run RECIPE --config` takes, command.txt and provenance.json.
+    Args:
+        recipe: the recipe with its options.
+
+    Raises:
+        LabError: the folder belongs to other options, or a file in it is damaged.
+    """
+    _check_same(_read_options(recipe.folder), {"recipe": recipe.name} | _options(recipe), recipe)
+
+
+def write_origin(recipe: Recipe, command: str) -> None:
+    """Say in the output folder where the results come from that will be trained now.
+
+    The first time config.yaml, which `renorm run RECIPE --config` takes, command.txt and provenance.json; later an
+    entry in the list "continued" of the last.
 
     Args:
         recipe: the recipe with its options.
         command: the command line.
 
     Raises:
-        LabError: the folder cannot be used, or belongs to other options.
+        LabError: the folder cannot be used.
     """
     folder = recipe.folder
-    options = _plain(asdict(recipe))
-    origin = {"recipe": recipe.name, "command": command, "seeds": list(range(recipe.seeds)), **_surroundings(recipe)}
-    title = f"# renorm run {recipe.name} --config config.yaml\n"
+    origin = read_settings(folder / "provenance.json")
+    programs = {"command": command, "versions": _versions(), "git": _commit()}
+    if origin:
+        origin["continued"] = [*origin.get("continued", []), programs]
+    else:
+        machine = {"system": platform.platform(), "cores": os.cpu_count(), "device": recipe.device}
+        origin = {"recipe": recipe.name, "seeds": list(range(recipe.seeds)), **programs}
+        origin |= {"machine": machine, "processes": ranks.number()}
+    options = yaml.safe_dump(_options(recipe), sort_keys=False, allow_unicode=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _check_same(_read_options(folder), {"recipe": recipe.name} | options, recipe)
-        replace_text(folder / "config.yaml", title + yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
-        replace_text(folder / "command.txt", command + "\n")
-        replace_text(folder / "provenance.json", json.dumps(origin, indent=2) + "\n")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise LabError(f"{folder}: cannot be used for results: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise LabError(f"{folder}: cannot be used for results: {error}") from None
+    _write_once(folder / "config.yaml", f"# renorm run {recipe.name} --config config.yaml\n{options}")
+    _write_once(folder / "command.txt", command + "\n")
+    replace_text(folder / "provenance.json", json.dumps(origin, indent=2) + "\n")
+
+
+def program_versions() -> tuple[tuple[str, str], ...]:
+    """The versions that stand beside a result.
+
+    Returns:
+        Pairs of a program and its version.
+    """
+    return ("renorm", renorm.__version__), ("torch", str(torch.__version__)), ("python", platform.python_version())
+
+
+def _write_once(path: Path, text: str) -> None:
+    if not path.is_file():
+        replace_text(path, text)
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    options: dict[str, Any] = _as_yaml(asdict(recipe))
+    return options
 
 
 def _read_options(folder: Path) -> dict[str, Any]:
     """Recipe and options of the folder's results; nothing for a new folder."""
-    if (folder / "config.yaml").exists() and (folder / "provenance.json").exists():
-        origin = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-        options = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        return {"recipe": origin["recipe"], **options}
-    if (folder / "settings.json").exists():  # of renorm 0.1
-        before: dict[str, Any] = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        return before
-    return {}
+    origin, options = (read_settings(folder / name) for name in ("provenance.json", "config.yaml"))
+    if not (origin and options):
+        return read_settings(folder / "settings.json")  # of renorm 0.1
+    if "recipe" not in origin:
+        raise LabError(f"{folder / 'provenance.json'}: damaged: it does not name the recipe")
+    return {"recipe": origin["recipe"], **options}
 
 
 def _check_same(before: Mapping[str, object], now: Mapping[str, object], recipe: Recipe) -> None:
-    defaults = {field.name: _plain(field.default) for field in fields(recipe) if field.default is not MISSING}
+    defaults = {field.name: _as_yaml(field.default) for field in fields(recipe) if field.default is not MISSING}
     for name, value in now.items():
         held = before.get(name, defaults.get(name)) if before else value  # an option that came later had its default
         if held != value and name not in _INDIFFERENT:
@@ -73,18 +110,13 @@ def _check_same(before: Mapping[str, object], now: Mapping[str, object], recipe:
             )
 
 
-def _plain(value: Any) -> Any:
+def _as_yaml(value: Any) -> Any:
     """As YAML has it: lists for tuples, texts for paths, plain numbers for those that check their range."""
     return json.loads(json.dumps(value, default=str))
 
 
-def _surroundings(recipe: Recipe) -> dict[str, object]:
-    return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
-        "git": _commit(),
-        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "device": recipe.device},
-        "processes": ranks.number(),
-    }
+def _versions() -> dict[str, str | None]:
+    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import renorm
 
 from .errors import LabError
-from .runs import Run
+from .runs import Precision, Run
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -29,12 +29,12 @@ _NO_BROADCAST: dict[str, Any] = {
 }
 
 
-def make_fabric(device: str, precision: str = "32-true") -> Fabric:
+def make_fabric(device: str, precision: Precision = "32-true") -> Fabric:
     """What moves models to the device, casts, and averages gradients over ranks.
 
     Args:
         device: where to train, such as cpu or cuda; under torchrun every rank takes a device of this type.
-        precision: of the computation, one of Fabric's names.
+        precision: of the computation.
 
     Returns:
         Fabric; under torchrun this process has joined the others.
@@ -45,14 +45,14 @@ def make_fabric(device: str, precision: str = "32-true") -> Fabric:
     target = torch.device(device)
     if not distributed.is_torchelastic_launched():
         devices = 1 if target.index is None else [target.index]
-        return Fabric(accelerator=target.type, devices=devices, precision=precision)  # type: ignore[arg-type]
+        return Fabric(accelerator=target.type, devices=devices, precision=precision)
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     fabric = Fabric(
         accelerator=target.type,
         strategy=DDPStrategy(**_NO_BROADCAST),  # renorm.synchronize merges the running statistics
         devices=local,
         num_nodes=int(os.environ["WORLD_SIZE"]) // local,
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,
     )
     fabric.launch()
     return fabric

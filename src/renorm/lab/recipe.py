@@ -6,18 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from jsonargparse.typing import NonNegativeFloat, OpenUnitInterval, PositiveFloat, PositiveInt
 
 from .data import Dataset, load_dataset
-from .loggers import LoggerName
+from .data.load import dataset_name
+from .errors import LabError
 from .methods import METHODS, MethodName
-from .runs import Run
+from .runs import Decay, Precision, Run
 
 Scale = Literal["tiny", "small", "paper"]
 Scales = Mapping[Scale, Mapping[str, Any]]
-Decay = Literal["all", "none", "auto", "one"]
+LoggerName = Literal["tensorboard", "csv", "mlflow", "wandb", "none"]
 
 # Defaults that recipes of a scale share: tiny takes seconds, small about an hour on two CPU cores.
 TINY: dict[str, Any] = {"steps": 40, "seeds": 1}
@@ -104,7 +105,7 @@ class Recipe(ABC):
     norm_decay: Decay = "all"
     average: NonNegativeFloat = 0.0
     train_gamma: bool = True
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Precision = "32-true"
     out: Path | None = None
     device: str = "cpu"
     workers: PositiveInt | None = None
@@ -113,18 +114,9 @@ class Recipe(ABC):
     logger: LoggerName = "tensorboard"
     save_weights: bool = False
 
-    @classmethod
-    def at(cls, scale: Scale, **options: Any) -> Self:
-        """The recipe at a scale.
-
-        Args:
-            scale: set of defaults.
-            **options: that override them.
-
-        Returns:
-            The recipe.
-        """
-        return cls(scale=scale, **{**cls.scales[scale], **options})
+    def __post_init__(self) -> None:
+        if not 0 <= self.average < 1:
+            raise LabError(f"average must be at least 0 and less than 1, got {self.average}")
 
     @abstractmethod
     def runs(self, dataset: Dataset) -> list[Run]:
@@ -171,18 +163,28 @@ class Recipe(ABC):
             dataset: what will be trained on.
             method: normalization method.
             label: row of the table; by default the method's own.
-            examples_per_group: see `Run`, as for everything else.
+            examples_per_group: see `Run`, as for everything else; group norm has always 1.
             **changes: other fields of `Run`.
 
         Returns:
             The run.
+
+        Raises:
+            LabError: the method is ghost batch norm, and nothing says how many examples share statistics.
         """
+        if method == "ghost_batch_norm" and examples_per_group is None:
+            raise LabError(
+                f"methods of recipe {self.name} cannot be ghost_batch_norm, as no option says how many examples share "
+                "its statistics: choose others, or the recipe ghost with --ghost-sizes"
+            )
+        if method == "group_norm":
+            examples_per_group = 1
         setting = METHODS[method]
         colour_32 = dataset.image_shape == (3, 32, 32)
         common: dict[str, Any] = {
             "recipe": self.name,
             "data": self.data,
-            "model": self.model or ("mlp" if self.data == "digits" else "resnet8"),
+            "model": self.model or ("mlp" if dataset_name(self.data) == "digits" else "resnet8"),
             "regime": regime,
             "method": label or setting.label,
             "tracking": setting.tracking,

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from renorm.samplers import Order
+
+Decay = Literal["all", "none", "auto", "one"]
+Precision = Literal["32-true", "bf16-mixed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +79,7 @@ class Run:
     augment: bool
     seed: int
     replacement: bool = False
-    order: str = "shuffle"
+    order: Order = "shuffle"
     example_weight: float = 0.0
     r_max: float = 3.0
     d_max: float = 5.0
@@ -85,13 +91,13 @@ class Run:
     optimizer: str = "sgd"
     schedule: str = "cosine"
     weight_decay: float = 0.0
-    norm_decay: str = "all"
+    norm_decay: Decay = "all"
     average: float = 0.0
     objective: str = "classification"
     pretraining_steps: int = 0
     pretrained: bool = False
     measures: str = ""
-    precision: str = "32-true"
+    precision: Precision = "32-true"
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -132,6 +138,7 @@ class Result:
         seconds: of training and evaluation together.
         curve: points during training.
         measures: pairs of a name and a number, of what else the run measures.
+        versions: pairs of a program and its version, of those that trained it.
     """
 
     alpha: float
@@ -144,3 +151,4 @@ class Result:
     seconds: float
     curve: tuple[CurvePoint, ...]
     measures: tuple[tuple[str, float], ...] = ()
+    versions: tuple[tuple[str, str], ...] = ()

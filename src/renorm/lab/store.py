@@ -1,30 +1,20 @@
-"""The output folder: finished runs as CSV files, complete at every moment, so that an interrupted job continues."""
+"""Files of the output folder, there as a whole or not at all."""
 
 from __future__ import annotations
 
-import csv
+import json
 import os
-import platform
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
-import renorm
-
 from .errors import LabError
-from .runs import CurvePoint, Result, Run
-
-Results = dict[Run, Result]
-
-_KEY = ("regime", "method", "seed")
-_RESULT_COLUMNS = tuple(field.name for field in fields(Result) if field.name not in ("curve", "measures"))
-_MEASURE_COLUMNS = ("measure", "value")
-_CURVE_COLUMNS = tuple(field.name for field in fields(CurvePoint))
+from .runs import Run
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -86,79 +76,25 @@ def save_weights(folder: Path, run: Run, model: nn.Module) -> None:
     replace_file(path, lambda temporary: torch.save(model.state_dict(), temporary))
 
 
-def write_results(folder: Path, results: Results) -> None:
-    """Write results.csv, one row for each run, curves.csv, one for each point, and measures.csv, one for each measure.
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a file says by name.
 
     Args:
-        folder: the output folder.
-        results: result of each finished run, in the order to write them.
-    """
-    versions = {"renorm": renorm.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    points = [_key_row(run) | asdict(point) for run, result in results.items() for point in result.curve]
-    rows = [asdict(run) | {name: getattr(result, name) for name in _RESULT_COLUMNS} | versions
-            for run, result in results.items()]  # fmt: skip
-    measures = [
-        _key_row(run) | dict(zip(_MEASURE_COLUMNS, pair, strict=True))
-        for run, result in results.items()
-        for pair in result.measures
-    ]
-    # The others come first: a run counts as finished once it stands in results.csv.
-    _write_csv(folder / "curves.csv", [*_KEY, *_CURVE_COLUMNS], points)
-    if measures:
-        _write_csv(folder / "measures.csv", [*_KEY, *_MEASURE_COLUMNS], measures)
-    _write_csv(folder / "results.csv", list(rows[0]), rows)
-
-
-def read_results(folder: Path, runs: Sequence[Run]) -> Results:
-    """Results of the runs that are finished.
-
-    Args:
-        folder: the output folder, perhaps empty.
-        runs: all runs of the recipe.
+        path: a JSON or YAML file.
 
     Returns:
-        Results by run.
+        Values by name; none if there is no such file.
 
     Raises:
-        LabError: a file is damaged, or holds a run that is none of `runs`.
+        LabError: it is damaged.
     """
-    by_key = {tuple(_key_row(run).values()): run for run in runs}
-    path = folder / "results.csv"
+    if not path.is_file():
+        return {}
     try:
-        curves: dict[tuple[str, ...], list[CurvePoint]] = {}
-        for row in _read_csv(folder / "curves.csv"):
-            point = CurvePoint(int(row["step"]), float(row["train_loss"]), float(row["validation_accuracy"]))
-            curves.setdefault(tuple(row[name] for name in _KEY), []).append(point)
-        measures: dict[tuple[str, ...], list[tuple[str, float]]] = {}
-        for row in _read_csv(folder / "measures.csv"):
-            pair = row["measure"], float(row["value"])
-            measures.setdefault(tuple(row[name] for name in _KEY), []).append(pair)
-        results = {}
-        for row in _read_csv(path):
-            key = tuple(row[name] for name in _KEY)
-            numbers = {name: float(row[name]) for name in _RESULT_COLUMNS}
-            results[by_key[key]] = Result(**numbers, curve=tuple(curves[key]), measures=tuple(measures.get(key, ())))
-    except (KeyError, ValueError, TypeError) as error:
-        raise LabError(f"{path}: damaged, or of another version ({error!r}); delete it to start anew") from None
-    return results
-
-
-def _key_row(run: Run) -> dict[str, str]:
-    return {name: str(getattr(run, name)) for name in _KEY}
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    replace_file(path, write)
-
-
-def _read_csv(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise LabError(f"{path}: damaged: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise LabError(f"{path}: damaged: it must hold options by name")
+    return found

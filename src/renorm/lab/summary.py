@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.table import Table as RichTable
 
-from .store import Results
+from .results import Results
 
 _UNFINISHED = "-"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ from .network import make_network
 from .objectives import Loss, objective
 from .optimizers import make_average, make_optimizer, make_schedule
 from .pretraining import prepare
+from .provenance import program_versions
 from .recipe import Recipe
 from .runs import CurvePoint, Result, Run
 from .store import save_weights
@@ -68,8 +69,17 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, progress: Callable[[int], 
         test_loss_on=on.loss,
         seconds=training.seconds,
         curve=tuple(training.curve),
-        measures=measure(run, model, dataset),
+        measures=measure(run, model if ranks.number() == 1 else _alone(model, run, dataset), dataset),
+        versions=program_versions(),
     )
+
+
+def _alone(model: nn.Module, run: Run, dataset: Dataset) -> nn.Module:
+    """A trained network without what its layers have in common with those of other ranks."""
+    with torch.random.fork_rng(devices=[]):  # what is measured draws the numbers that it draws in one process
+        alone = make_network(replace(run, pretrained=False), dataset).to(dataset.mean.device)
+    alone.load_state_dict(model.state_dict())
+    return alone
 
 
 class Training:
@@ -120,10 +130,11 @@ class Training:
             LabError: a checkpoint cannot be written.
         """
         state = ranks.from_first(self._checkpoints.load() if ranks.rank() == 0 else None)
-        if state is None:
-            prepare(self.model, self._run, self._dataset)
-        else:
+        if state is not None:
             self._set_state(state)
+        elif self._run.pretraining_steps:
+            prepare(self.model, self._run, self._dataset, lambda: progress(0))
+            self._save()
         recipe, run = self._recipe, self._run
         to_train: Any = torch.compile(self.model) if recipe.compile else self.model
         model, optimizer = self._fabric.setup(to_train, self._optimizer, move_to_device=False)

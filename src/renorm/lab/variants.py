@@ -26,8 +26,9 @@ class _VariedGroupNorm(renorm.Norm):
         super().__init__(num_features, **options)  # type: ignore[arg-type]
         self.total_steps = total_steps
 
-    def forward(self, x: Tensor, *_: object) -> Tensor:
+    def forward(self, x: Tensor, *others: object) -> Tensor:
         """Normalize, (N, C, *S) to the same shape."""
+        assert all(other is None for other in others), "variants take no mask, residual or activation"
         channels = self.channels(x)
         if not self.training:
             return renorm.functional.weighted_batch_norm(

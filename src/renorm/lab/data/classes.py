@@ -12,6 +12,7 @@ from ..errors import LabError
 from .arrays import check_shapes
 from .dataset import Dataset, Part, array_parts, assemble
 from .load import read_arrays
+from .readers import TORCHVISION
 
 _TRAINING_SHARE, _VALIDATION_SHARE = 0.5, 0.2  # of classes
 
@@ -33,15 +34,17 @@ def load_unseen(source: str, root: Path) -> Dataset:
     """
     arrays = read_arrays(source, root)
     if arrays is None:
-        raise LabError(f"{source}: classes of a folder cannot be split; it must be an .npz file or a name")
+        raise LabError(
+            f"{source}: classes of a folder of images cannot be split; data must be an .npz file, digits or "
+            f"one of {', '.join(TORCHVISION)}"
+        )
     check_shapes(arrays, source)
     train, test = array_parts(arrays)
     classes, test_classes = train.labels.unique(), test.labels.unique()
     if not torch.isin(test_classes, classes).any():
         seen, validation = _cut(classes, 1 - _VALIDATION_SHARE, source)
         return assemble(_of(train, seen, relabel=True), _of(train, validation), test, source)
-    if len(classes) < 4:
-        raise LabError(f"{source}: must have at least 4 classes to split them, has {len(classes)}")
+    _require_classes(len(classes), source)
     everything = _joined(train, test)
     seen, others = _cut(classes, _TRAINING_SHARE, source)
     validation, unseen = _cut(others, _VALIDATION_SHARE / (1 - _TRAINING_SHARE), source)
@@ -61,9 +64,10 @@ def set_aside(dataset: Dataset, for_pretraining: bool, examples_per_class: int |
         The data set, with labels from 0.
 
     Raises:
-        LabError: a class has fewer training examples.
+        LabError: a class has fewer training examples, or there are too few classes.
     """
     if for_pretraining:
+        _require_classes(dataset.num_classes, dataset.source)
         classes = torch.arange(dataset.num_classes)
         kept, aside = classes.chunk(2)
         parts = (dataset.train, dataset.validation, dataset.test)
@@ -86,6 +90,11 @@ def _first(part: Part, count: int, source: str) -> Part:
 def _of(part: Part, classes: torch.Tensor, *, relabel: bool = False) -> Part:
     chosen = part.subset(torch.isin(part.labels, classes).nonzero()[:, 0].tolist())
     return Part(chosen.images, torch.searchsorted(classes, chosen.labels)) if relabel else chosen
+
+
+def _require_classes(number: int, source: str) -> None:
+    if number < 4:
+        raise LabError(f"{source}: must have at least 4 classes to split them, has {number}")
 
 
 def _cut(classes: torch.Tensor, share: float, source: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from ..errors import LabError
 from .arrays import Array, Arrays
 from .files import ImageFiles
 
-_VALIDATION_SHARE = 0.2
 _STATISTICS_FILES = 1_000  # images, evenly spaced, whose mean and standard deviation stand for those of a folder
 
 
@@ -38,18 +34,17 @@ class Part:
         images = self.images if isinstance(self.images, ImageFiles) else self.images.to(device)
         return Part(images, self.labels.to(device))
 
-    def take(self, indices: Sequence[int], augment: bool = False) -> Tensor:
+    def take(self, indices: Sequence[int]) -> Tensor:
         """Some images, on the labels' device.
 
         Args:
             indices: which.
-            augment: for files, whether each is cut out and flipped at random.
 
         Returns:
             (N, C, H, W), uint8.
         """
         if isinstance(self.images, ImageFiles):
-            return self.images.take(indices, augment).to(self.labels.device)
+            return self.images.take(indices).to(self.labels.device)
         return self.images[indices]
 
     def subset(self, indices: Sequence[int]) -> Part:
@@ -135,22 +130,6 @@ class Dataset:
         )
 
 
-def make_dataset(arrays: Arrays, source: str) -> Dataset:
-    """A data set of arrays.
-
-    Args:
-        arrays: checked images and labels.
-        source: where they come from.
-
-    Returns:
-        The data set, with a validation part.
-
-    Raises:
-        LabError: there are too few images to split.
-    """
-    return split_validation(*array_parts(arrays), source)
-
-
 def array_parts(arrays: Arrays) -> tuple[Part, Part]:
     """Arrays as tensors.
 
@@ -165,29 +144,6 @@ def array_parts(arrays: Arrays) -> tuple[Part, Part]:
 
 def _part(x: Array, y: Array) -> Part:
     return Part(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y).long())
-
-
-def split_validation(train: Part, test: Part, source: str, share: float = _VALIDATION_SHARE) -> Dataset:
-    """Split off the validation part, stratified, the same for every seed of a run.
-
-    Args:
-        train: all that is not for testing.
-        test: what is.
-        source: where they come from.
-        share: of the training images.
-
-    Returns:
-        The data set.
-
-    Raises:
-        LabError: there are too few images to split.
-    """
-    everything, labels = np.arange(len(train)), train.labels.numpy()
-    try:
-        kept, validation = train_test_split(everything, test_size=share, stratify=labels, random_state=0)
-    except ValueError as error:
-        raise LabError(f"{source}: cannot split off a validation part: {error}") from None
-    return assemble(train.subset(kept.tolist()), train.subset(validation.tolist()), test, source)
 
 
 def assemble(train: Part, validation: Part, test: Part, source: str) -> Dataset:

@@ -62,12 +62,11 @@ class ImageFiles:
             raise LabError(f"{path}: {' '.join(str(error).split())}") from None
         return cut
 
-    def take(self, indices: Sequence[int], augment: bool = False) -> Tensor:
+    def take(self, indices: Sequence[int]) -> Tensor:
         """Images as a tensor.
 
         Args:
             indices: which.
-            augment: see `image`.
 
         Returns:
             (N, 3, size, size), uint8.
@@ -75,7 +74,7 @@ class ImageFiles:
         Raises:
             LabError: one cannot be read.
         """
-        return torch.stack([self.image(index, augment) for index in indices])
+        return torch.stack([self.image(index, augment=False) for index in indices])
 
     def check(self) -> None:
         """Open every file, as far as its header.

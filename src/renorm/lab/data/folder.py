@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 
 from ..errors import LabError
-from .dataset import Dataset, Part, split_validation
+from .dataset import Dataset, Part
 from .files import ImageFiles
-from .readers import TEST_SHARE
+from .split import split_test, split_validation
 
 _LARGEST_IN_MEMORY = 64  # pixels of height and width; larger images stay in their files
 
@@ -34,15 +32,17 @@ def read_folder(path: Path, image_size: int) -> Dataset:
         raise LabError(f"{path}: there is no such folder")
     if not (path / "train").is_dir():
         everything, _ = read_tree(path, image_size)
-        return split_validation(*_split_test(everything, str(path)), str(path))
-    test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
-    if test is None:
+        kept, held_out = split_test(everything.labels.numpy(), str(path))
+        train, test = everything.subset(kept.tolist()), everything.subset(held_out.tolist())
+        return split_validation(train, test, str(path))
+    held = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    if held is None:
         raise LabError(f"{path}: has a train folder, but neither test nor val")
     for_training, classes = read_tree(path / "train", image_size)
-    for_testing, test_classes = read_tree(test, image_size)
+    for_testing, test_classes = read_tree(held, image_size)
     if classes != test_classes:
         odd = sorted(set(classes) ^ set(test_classes))
-        raise LabError(f"{path}: class {odd[0]} is not in both train and {test.name}")
+        raise LabError(f"{path}: class {odd[0]} is not in both train and {held.name}")
     return split_validation(for_training, for_testing, str(path))
 
 
@@ -86,13 +86,3 @@ def files_part(files: ImageFiles, labels: list[int]) -> Part:
         return Part(files.take(range(len(files))), torch.tensor(labels))
     files.check()
     return Part(files, torch.tensor(labels))
-
-
-def _split_test(part: Part, source: str) -> tuple[Part, Part]:
-    try:
-        kept, test = train_test_split(
-            np.arange(len(part)), test_size=TEST_SHARE, stratify=part.labels.numpy(), random_state=0
-        )
-    except ValueError as error:
-        raise LabError(f"{source}: cannot split off a test part: {error}") from None
-    return part.subset(kept.tolist()), part.subset(test.tolist())

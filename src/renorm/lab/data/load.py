@@ -6,10 +6,11 @@ from pathlib import Path
 
 from ..errors import LabError
 from .arrays import Arrays, check_arrays
-from .dataset import Dataset, make_dataset
+from .dataset import Dataset, array_parts
 from .folder import read_folder
 from .named import NAMED
 from .readers import TORCHVISION, read_digits, read_npz, read_torchvision
+from .split import split_validation
 
 
 def load_dataset(source: str, root: Path, image_size: int) -> Dataset:
@@ -26,13 +27,14 @@ def load_dataset(source: str, root: Path, image_size: int) -> Dataset:
     Raises:
         LabError: it is not there, or something is wrong with it; the message names the file.
     """
-    if _plain(source) in NAMED:
-        return NAMED[_plain(source)](root, image_size)
+    name = dataset_name(source)
+    if name in NAMED:
+        return NAMED[name](root, image_size)
     arrays = read_arrays(source, root)
     if arrays is None:
         return read_folder(Path(source), image_size)
     check_arrays(arrays, source)
-    return make_dataset(arrays, source)
+    return split_validation(*array_parts(arrays), source)
 
 
 def read_arrays(source: str, root: Path) -> Arrays | None:
@@ -43,23 +45,31 @@ def read_arrays(source: str, root: Path) -> Arrays | None:
         root: folder of torchvision's data sets.
 
     Returns:
-        Images and labels, unchecked; None if the source is a folder.
+        Images and labels, unchecked; None if the source is a folder of images.
 
     Raises:
         LabError: it is not there, or cannot be read.
     """
-    name = _plain(source)
+    name = dataset_name(source)
     if name == "digits":
         return read_digits()
     if name in TORCHVISION:
         return read_torchvision(name, root)
     if source.endswith(".npz"):
         return read_npz(Path(source))
-    if Path(source).is_dir():
+    if name in NAMED or Path(source).is_dir():
         return None
     names = ", ".join(("digits", *TORCHVISION, *NAMED))
     raise LabError(f"{source}: there is no such file or folder, and it is not the name of a data set ({names})")
 
 
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "")
+def dataset_name(source: str) -> str:
+    """The name of a data set, however it is written.
+
+    Args:
+        source: see `load_dataset`.
+
+    Returns:
+        Lower case, without hyphens and underscores.
+    """
+    return source.lower().replace("-", "").replace("_", "")

@@ -1,4 +1,8 @@
-"""Data sets of large images, as they are laid out by torchvision or their authors, with the papers' splits."""
+"""Data sets of large images, as they are laid out by torchvision or their authors, with the papers' splits.
+
+Each reader takes the folder of the data sets and the height and width in pixels, and raises LabError where something is
+missing or cannot be read.
+"""
 
 from __future__ import annotations
 
@@ -8,42 +12,17 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LabError
-from .dataset import Dataset, Part, assemble, split_validation
+from .dataset import Dataset, Part, assemble
 from .files import ImageFiles
 from .folder import files_part, read_folder, read_tree
+from .split import split_validation
 
 _CALTECH_COUNTS = (40, 10, 30)  # training, validation and test images of each class
 _CALTECH_CLUTTER = "257.clutter"  # no category
 
 
-def read_imagenet(root: Path, image_size: int) -> Dataset:
-    """ImageNet in imagenet/train/CLASS/IMAGE and imagenet/val/CLASS/IMAGE; the val part is for testing.
-
-    Args:
-        root: folder of torchvision's data sets.
-        image_size: height and width in pixels.
-
-    Returns:
-        The data.
-
-    Raises:
-        LabError: something is missing or cannot be read.
-    """
-    return read_folder(root / "imagenet", image_size)
-
-
-def read_caltech256(root: Path, image_size: int) -> Dataset:
+def _caltech256(root: Path, image_size: int) -> Dataset:
     """Caltech-256 in caltech256/256_ObjectCategories/CLASS/IMAGE: 40, 10 and 30 images of each class, drawn once.
-
-    Args:
-        root: folder of torchvision's data sets.
-        image_size: height and width in pixels.
-
-    Returns:
-        The data.
-
-    Raises:
-        LabError: something is missing or cannot be read, or a class has fewer than 80 images.
 
     Source:
         Summers & Dinneen 2020, section 4.1.
@@ -66,19 +45,8 @@ def read_caltech256(root: Path, image_size: int) -> Dataset:
     return assemble(train, validation, test, str(folder))
 
 
-def read_flowers102(root: Path, image_size: int) -> Dataset:
-    """Flowers-102 in flowers-102/jpg with imagelabels.mat and setid.mat, and its own three parts.
-
-    Args:
-        root: folder of torchvision's data sets.
-        image_size: height and width in pixels.
-
-    Returns:
-        The data.
-
-    Raises:
-        LabError: something is missing or cannot be read.
-    """
+def _flowers102(root: Path, image_size: int) -> Dataset:
+    """Flowers-102 in flowers-102/jpg with imagelabels.mat and setid.mat, and its own three parts."""
     from scipy.io import loadmat
 
     folder = root / "flowers-102"
@@ -97,18 +65,8 @@ def read_flowers102(root: Path, image_size: int) -> Dataset:
     return assemble(train, validation, test, str(folder))
 
 
-def read_cub2011(root: Path, image_size: int) -> Dataset:
+def _cub2011(root: Path, image_size: int) -> Dataset:
     """CUB-2011 in CUB_200_2011, with its images and lists; a quarter of its training part is for validation.
-
-    Args:
-        root: folder that holds CUB_200_2011.
-        image_size: height and width in pixels.
-
-    Returns:
-        The data.
-
-    Raises:
-        LabError: something is missing or cannot be read.
 
     Source:
         Summers & Dinneen 2020, section 4.1, for the validation part.
@@ -133,10 +91,10 @@ def read_cub2011(root: Path, image_size: int) -> Dataset:
 
 
 NAMED: dict[str, Callable[[Path, int], Dataset]] = {
-    "imagenet": read_imagenet,
-    "caltech256": read_caltech256,
-    "flowers102": read_flowers102,
-    "cub2011": read_cub2011,
+    "imagenet": lambda root, image_size: read_folder(root / "imagenet", image_size),
+    "caltech256": _caltech256,
+    "flowers102": _flowers102,
+    "cub2011": _cub2011,
 }
 
 

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from ..errors import LabError
 from .arrays import Array, Arrays
-
-TEST_SHARE = 0.25
+from .split import split_test
 
 
 def read_digits() -> Arrays:
@@ -26,7 +24,9 @@ def read_digits() -> Arrays:
         The data.
     """
     digits = load_digits()
-    return split_test(digits.images.astype(np.uint8)[..., None], digits.target, "digits")
+    x, y = digits.images.astype(np.uint8)[..., None], digits.target
+    train, test = split_test(y, "digits")
+    return Arrays(x[train], y[train], x[test], y[test])
 
 
 def read_npz(path: Path) -> Arrays:
@@ -121,24 +121,3 @@ def stack(images: Any) -> tuple[Array, Array]:
     pixels, labels = zip(*(images[index] for index in range(len(images))), strict=True)
     x = np.stack([np.asarray(image) for image in pixels])
     return (x if x.ndim == 4 else x[..., None]), np.array(labels)
-
-
-def split_test(x: Array, y: Array, source: str) -> Arrays:
-    """Split off a fixed, stratified test part.
-
-    Args:
-        x: images, (N, H, W, C).
-        y: labels, (N,).
-        source: where they come from, for the message.
-
-    Returns:
-        The data, a quarter of them for testing.
-
-    Raises:
-        LabError: there are too few images.
-    """
-    try:
-        x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=TEST_SHARE, stratify=y, random_state=0)
-    except ValueError as error:
-        raise LabError(f"{source}: cannot split off a test part: {error}") from None
-    return Arrays(x_train, y_train, x_test, y_test)

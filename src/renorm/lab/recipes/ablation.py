@@ -41,7 +41,7 @@ class Ablation(Recipe):
     Args:
         classes_per_batch: classes in a dependent minibatch, drawn at random for each.
         examples_per_class: examples of each of them; the independent minibatches have as many examples in all.
-        changes: rows of the table: how many of the changes to try, from the first, which is none; by default all.
+        num_changes: rows of the table: how many of the changes to try, from the first, which is none; by default all.
     """
 
     name: ClassVar[str] = "ablation"
@@ -57,7 +57,7 @@ class Ablation(Recipe):
     methods: tuple[MethodName, ...] = ("batch_renorm",)
     classes_per_batch: PositiveInt = 2
     examples_per_class: PositiveInt = 16
-    changes: PositiveInt | None = None
+    num_changes: PositiveInt | None = None
 
     def runs(self, dataset: Dataset) -> list[Run]:
         classes, examples = self.classes_per_batch, self.examples_per_class
@@ -69,7 +69,7 @@ class Ablation(Recipe):
                 label=f"{METHODS[method].label}, {label}", **(sampling | change),
             )
             for method in self.methods
-            for label, change in list(_CHANGES.items())[: self.changes]
+            for label, change in list(_CHANGES.items())[: self.num_changes]
             for regime, sampling in regimes
             for seed in range(self.seeds)
         ]  # fmt: skip

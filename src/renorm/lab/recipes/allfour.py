@@ -23,9 +23,6 @@ class AllFour(SmallBatch):
     correction to batch-group norm at every size.
 
     Args:
-        batch_sizes: examples in a minibatch, two columns of the table each.
-        reference_size: batch size that steps and lr are for.
-        group_size: examples that share statistics in batch-group norm, where the batch has as many.
         ghost_size: most examples that share statistics in ghost batch norm; a batch has two groups at least.
         weight_decay: of weights, and of gamma and beta in all four.
     """

@@ -9,8 +9,8 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from ..data import Dataset
 from ..methods import METHODS, MethodName
-from ..recipe import SMALL, SUMMERS, TINY, Decay, Recipe, Scales
-from ..runs import Run
+from ..recipe import SMALL, SUMMERS, TINY, Recipe, Scales
+from ..runs import Decay, Run
 
 _LABELS: dict[Decay, str] = {
     "none": "gamma, beta not decayed",
@@ -52,7 +52,7 @@ class WeightDecay(Recipe):
     def runs(self, dataset: Dataset) -> list[Run]:
         return [
             self.make_run(
-                dataset, method, 1 if method == "group_norm" else None, regime=model, batch_size=self.batch_size,
+                dataset, method, None, regime=model, batch_size=self.batch_size,
                 seed=seed, label=f"{METHODS[method].label}, {_LABELS[decay]}", model=model, norm_decay=decay,
             )
             for method in self.methods

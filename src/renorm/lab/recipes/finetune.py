@@ -26,7 +26,7 @@ class Finetune(Recipe):
         ghost_size: examples that share statistics in ghost batch norm, and in all four together.
         group_size: examples that share statistics in batch-group norm.
         pretrained: start from the weights that timm has for the model, downloaded if missing.
-        pretraining_steps: otherwise, steps of training on half of the classes.
+        pretraining_steps: otherwise, steps of training on half of the classes; 0 for none.
         examples_per_class: training images of each class that are used; by default all.
         weight_decay: of weights, and of gamma and beta in all four.
     """
@@ -46,25 +46,31 @@ class Finetune(Recipe):
     methods: tuple[MethodName, ...] = ("batch_norm", "batch_renorm", "group_norm")
     batch_size: PositiveInt = 32
     ghost_size: PositiveInt = 8
+    group_size: PositiveInt = 2
     pretrained: bool = False
     pretraining_steps: NonNegativeInt = 300
     examples_per_class: PositiveInt | None = 30
     weight_decay: PositiveFloat = 5e-4
 
     def load(self) -> Dataset:
-        return set_aside(super().load(), self.pretraining_steps > 0, self.examples_per_class)
+        return set_aside(super().load(), self._first_steps > 0, self.examples_per_class)
 
     def runs(self, dataset: Dataset) -> list[Run]:
         lines: list[tuple[MethodName, str, dict[str, Any]]] = [
             *((method, METHODS[method].label, {"norm_decay": "none"}) for method in self.methods),
             ("ghost_batch_norm", f"all four, n = {self.ghost_size}", {"norm_decay": "all"}),
         ]
-        sizes: dict[str, int | None] = {"group_norm": 1, "ghost_batch_norm": self.ghost_size, "batch_group_norm": 2}
+        sizes = {"ghost_batch_norm": self.ghost_size}
+        sizes |= dict.fromkeys(("batch_group_norm", "batch_group_renorm"), self.group_size)
         return [
             self.make_run(
                 dataset, method, sizes.get(method), label=label, regime="fine-tuned", batch_size=self.batch_size,
-                seed=seed, pretrained=self.pretrained, pretraining_steps=self.pretraining_steps, **changes,
+                seed=seed, pretrained=self.pretrained, pretraining_steps=self._first_steps, **changes,
             )
             for method, label, changes in lines
             for seed in range(self.seeds)
         ]  # fmt: skip
+
+    @property
+    def _first_steps(self) -> int:
+        return 0 if self.pretrained else self.pretraining_steps

@@ -9,6 +9,7 @@ from jsonargparse.typing import PositiveInt
 
 from ..data import Dataset
 from ..data.classes import load_unseen
+from ..errors import LabError
 from ..methods import MethodName, rows
 from ..recipe import TINY, Recipe, Scales
 from ..runs import Run
@@ -52,6 +53,9 @@ class Metric(Recipe):
         return load_unseen(self.data, self.data_root)
 
     def runs(self, dataset: Dataset) -> list[Run]:
+        if max(self.examples_per_class, default=1) > self.batch_size:
+            raise LabError(f"batch_size must be at least examples_per_class={max(self.examples_per_class)}, "
+                           f"got {self.batch_size}")  # fmt: skip
         return [
             self.make_run(
                 dataset, method, size, label=label, regime=f"{self.batch_size // examples} classes x {examples}",

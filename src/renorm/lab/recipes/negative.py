@@ -47,8 +47,7 @@ class Negative(Recipe):
         ]
         return [
             self.make_run(
-                dataset, method, 1 if method == "group_norm" else None, label=label, regime="i.i.d.",
-                batch_size=self.batch_size, seed=seed, **changes,
+                dataset, method, None, label=label, regime="i.i.d.", batch_size=self.batch_size, seed=seed, **changes,
             )
             for method, label, changes in lines
             for seed in range(self.seeds)

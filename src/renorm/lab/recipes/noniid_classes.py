@@ -17,20 +17,10 @@ class NonIidClasses(NonIid):
     """Train on minibatches of 4 classes x 32 examples, and compare the methods with and without example weighing.
 
     Small networks learn nothing from such minibatches in a few thousand steps: small takes 16 classes x 4 examples.
-
-    Args:
-        classes_per_batch: classes in a minibatch, drawn at random for each.
-        examples_per_class: examples of each of them.
-        replacement: draw the classes of a minibatch with replacement.
-        minibatches: how many make a step, each drawn and normalized by itself, as on several workers.
-        independent: train on independent minibatches too.
-        split: a row of batch norm over the halves of a minibatch, with every class spread over both.
-        ghost_sizes: examples that share statistics in ghost batch norm, one row of the table each.
-        group_size: examples that share statistics in batch-group norm.
     """
 
     name: ClassVar[str] = "noniid-classes"
-    title: ClassVar[str] = "Minibatches of four classes"
+    title: ClassVar[str] = "Minibatches of few classes"
     claim: ClassVar[str] = "40.1% for batch norm, 69.0 for batch renorm, 75.2 for batch-group norm; weighing gains most"
     source: ClassVar[str] = "Summers & Dinneen 2020, 4.4, table 1"
     scales: ClassVar[Scales] = {

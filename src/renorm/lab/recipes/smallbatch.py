@@ -69,6 +69,4 @@ class SmallBatch(Recipe):
         )  # fmt: skip
 
     def _group(self, method: MethodName, size: int) -> int | None:
-        if method == "group_norm":
-            return 1
         return min(self.group_size, size) if METHODS[method].channels_per_group > 1 else None

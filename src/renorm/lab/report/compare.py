@@ -146,7 +146,7 @@ def elsewhere(setting: Setting, run: Run) -> tuple[str, ...]:
     found = [
         f"{name.replace('_', ' ')} {'not set' if getattr(run, name) is None else getattr(run, name)} (paper: {value})"
         for name, value in wanted.items()
-        if _plain(getattr(run, name)) != _plain(value)
+        if _bare_name(getattr(run, name)) != _bare_name(value)
     ]
     if run.steps < setting.least_steps:
         found.append(f"steps {run.steps:,} (paper: {setting.least_steps:,} or more)")
@@ -170,7 +170,7 @@ def stands_at(run: Run, spot: Spot, *, any_group: bool = False) -> bool:
     if any_group and spot.group is not None:
         same_group = group < whole
     return (
-        spot.method in ("", run.method.partition(",")[0])
+        spot.method == run.method.partition(",")[0]
         and (run.classes_per_batch is not None) == spot.few_classes
         and same_group
         and all(getattr(run, name) == value for name, value in spot.fields)
@@ -221,6 +221,6 @@ def _place(first: Run, second: Run) -> str:
     return f"{regimes}, {group}" if group else regimes
 
 
-def _plain(value: object) -> object:
+def _bare_name(value: object) -> object:
     """Names however they are written, without the folder or library that they come from."""
     return PurePath(value).name.lower().replace("-", "").replace("_", "") if isinstance(value, str) else value

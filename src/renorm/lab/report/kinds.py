@@ -13,7 +13,7 @@ class Spot:
     """Where in a table of results an accuracy stands.
 
     Args:
-        method: label of the method, up to its first comma; "" for any.
+        method: label of the method, up to its first comma.
         group: examples that share statistics; None for all of a forward pass, `ANY` for however many.
         few_classes: whether minibatches hold few classes, rather than independent examples.
         weighed: whether with example weighing.

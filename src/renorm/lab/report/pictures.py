@@ -5,8 +5,8 @@ from __future__ import annotations
 from base64 import b64encode
 from dataclasses import dataclass
 
-from ..plots import as_svg, draw_bars, draw_curves
-from ..store import Results
+from ..plots import as_svg, curves_of, draw_bars, draw_curves
+from ..results import Results
 from ..summary import Summary
 
 
@@ -58,8 +58,8 @@ def _bars_in_words(summary: Summary, regime: str) -> str:
 def _curves_in_words(results: Results, summary: Summary, regime: str) -> str:
     ends = []
     for method in summary.methods:
-        curves = [result.curve for run, result in results.items() if (run.method, run.regime) == (method, regime)]
-        if not any(curves):
+        curves = curves_of(results, method, regime)
+        if not curves:
             continue
         middle = len(curves[0]) // 2
         half, end = (

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..store import Results
+from ..results import Results
 from .claims import CLAIMS
 from .compare import LEVEL, Beside, Comparison, Verdict
 from .kinds import Claim
