@@ -172,8 +172,16 @@ def _share_pool(model: nn.Module) -> None:
 def _warn(report: ConversionReport, fuse: bool) -> None:
     if report.passed_over:
         rows = "\n  ".join(map(str, report.passed_over))
-        warnings.warn(f"convert passed over {len(report.passed_over)} layers:\n  {rows}", stacklevel=3)
+        warnings.warn(
+            f"convert passed over {len(report.passed_over)} layers, which stay as they are (if they should, leave them "
+            f"out by where=...):\n  {rows}",
+            stacklevel=3,
+        )
     elif not report.replaced:
-        warnings.warn("convert found no batch norm layer to replace", stacklevel=3)
+        warnings.warn(
+            "convert found no batch norm layer to replace: look at print(model) and at `where`; replaced are "
+            "nn.BatchNorm, nn.SyncBatchNorm, timm's BatchNormAct2d and, for BatchGroupNorm, nn.GroupNorm",
+            stacklevel=3,
+        )
     if fuse and not report.fused:
         warnings.warn("convert found nothing to fuse; report=print says why", stacklevel=3)

@@ -112,8 +112,11 @@ def _tracking_layers(models: tuple[nn.Module, ...]) -> list[Norm]:
     modules = dict.fromkeys(module for model in models for module in model.modules())
     layers = [module for module in modules if isinstance(module, Norm)]
     if not layers and any(isinstance(module, _BatchNorm) and module.training for module in modules):
-        warnings.warn("torch's batch norm layers go on as ever; renorm.convert(model, renorm.BatchNorm) makes them "
-                      "renorm's", stacklevel=4)  # fmt: skip
+        warnings.warn(
+            "accumulate and freeze reach renorm's layers alone: torch's batch norm layers go on as ever; "
+            "renorm.convert(model, renorm.BatchNorm) makes them renorm's",
+            stacklevel=4,
+        )
     return [layer for layer in layers if layer.track_running_stats]
 
 

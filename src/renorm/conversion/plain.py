@@ -76,5 +76,8 @@ def _fit_statistics(layer: Norm, new: Any) -> None:
         new.running_mean, new.running_var = (m[0].repeat_interleave(k) for m in (group.mean, group.var))
     dtype = new.running_mean.dtype if layer.weight is None else layer.weight.dtype
     if dtype.itemsize < new.running_mean.dtype.itemsize:
-        warnings.warn(f"running statistics are rounded to the weight's {dtype}", stacklevel=4)
+        warnings.warn(
+            f"running statistics are rounded to the weight's {dtype}; model.float() before to_batchnorm keeps them",
+            stacklevel=4,
+        )
         new.running_mean, new.running_var = new.running_mean.to(dtype), new.running_var.to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -35,4 +36,5 @@ def _bar() -> Any:
     except ImportError:
         return None
     console = Console(stderr=True)
-    return Progress(console=console, transient=True) if console.is_terminal or console.is_jupyter else None
+    watched = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+    return Progress(console=console, transient=True) if watched else None

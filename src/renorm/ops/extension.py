@@ -20,7 +20,11 @@ def _load() -> bool:
         try:
             torch.ops.load_library(path)
         except OSError as error:
-            warnings.warn(f"renorm runs without its C++ kernels, which do not load: {error}", stacklevel=2)
+            warnings.warn(
+                "renorm runs without its C++ kernels, which do not load; `python -m renorm doctor` says what to do, "
+                f"and RENORM_CPU=off goes without them: {error}",
+                stacklevel=2,
+            )
             return False
         return True
     return False

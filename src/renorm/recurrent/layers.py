@@ -49,7 +49,10 @@ class _Recurrent(nn.Module):
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a probability in [0, 1], got {dropout}")
         if dropout > 0 and num_layers == 1:
-            warnings.warn(f"dropout={dropout} has no effect with num_layers=1: it is between layers", stacklevel=3)
+            warnings.warn(
+                f"dropout={dropout} has no effect with num_layers=1: it is between layers; give more, or dropout=0",
+                stacklevel=3,
+            )
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
