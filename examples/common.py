@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import os
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
 from matplotlib.axes import Axes
 from torch import Tensor
 from torch.optim import Optimizer
+
+from renorm.files import replace_file as replace_file
+from renorm.files import save_csv as save_csv
 
 METHODS = ("renorm", "batch", "none")
 LABELS = {"renorm": "batch renorm", "batch": "batch norm", "none": "no norm"}
@@ -26,6 +26,9 @@ def options(description: str, steps: int) -> argparse.ArgumentParser:
     Args:
         description: first line of the help.
         steps: default length of a run.
+
+    Returns:
+        The parser.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--norm", nargs="+", choices=METHODS, default=METHODS, help="methods to compare")
@@ -47,25 +50,6 @@ def descend(optimizer: Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name, then rename it."""
-    temporary = path.with_name(f".{path.name}.part")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def save_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table, numbers with six digits."""
-    replace_file(path, partial(_write_csv, header=header, rows=rows))
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
 
 
 def draw_curve(axes: Axes, points: Iterable[tuple[int, float]], norm: str, line: str, label: str) -> None:

@@ -57,7 +57,7 @@ class Row(NamedTuple):
     gap_low: float
     gap_high: float
     between_within: float  # of the first norm layer
-    worst: str  # what inspect finds first about a layer
+    worst: str  # the first measure that inspect has a finding of about a layer
     alpha: float
     gain: float  # on validation data, by the metric
     gain_low: float

@@ -330,5 +330,10 @@ def test_names_of_nothing_are_refused(names: dict[str, str], message: str) -> No
     refused(keras(True, 1e-3, "bn"), f"names has .* the {message} ", names=names)
 
 
+@pytest.mark.parametrize(("key", "value"), [("optimizer", {"lr": 0.1}), ("note", "trained"), ("best", None)])
+def test_more_than_a_state_dict_is_refused_and_named(key: str, value: Any) -> None:
+    refused(Ludvb().state_dict() | {f"{key}.more": value}, f"for '{key}.more': hand over the state dict alone")
+
+
 def test_negative_steps_are_refused() -> None:
     refused(Ludvb().state_dict(), "steps must be at least 0, got -1", steps=-1)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,8 +90,8 @@ def test_wrong_results_are_a_failure_with_the_case(
 ) -> None:
     forward = reference.forward
 
-    def slightly_off(*arguments: object) -> object:
-        found = forward(*arguments)  # type: ignore[arg-type]
+    def slightly_off(*arguments: Any) -> Any:
+        found = forward(*arguments)
         return found._replace(y=found.y * (1 + 1e-4))
 
     monkeypatch.setattr(selftesting.reference, "forward", slightly_off)

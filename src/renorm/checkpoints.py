@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .norm import Norm
+from .inference.passes import tracks
 
 __all__ = ["translate_state_dict"]
 
@@ -57,9 +56,10 @@ def translate_state_dict(
         layer of the model is as it was.
 
     Raises:
-        ValueError: a layer has names that are not known, two for the same number, or none for its running statistics;
-            a shape does not fit; a scale or shift is there that the model's layer does not have; a standard deviation
-            is 0 or too small for the layer's eps; `names` has a layer that model or checkpoint do not have.
+        ValueError: something is no tensor or array; a layer has names that are not known, two for the same number, or
+            none for its running statistics; a shape does not fit; a scale or shift is there that the model's layer
+            does not have; a standard deviation is 0 or too small for the layer's eps; `names` has a layer that model
+            or checkpoint do not have.
 
     Source:
         Ioffe 2017, algorithm 1, for moving averages of the standard deviation.
@@ -75,21 +75,17 @@ def translate_state_dict(
     """
     if steps is not None and steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
-    layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if _tracks(module)}
+    layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if tracks(module)}
     keys: dict[str, list[str]] = {}  # of every module in the checkpoint
     for key in state:
         keys.setdefault(_split(key)[0], []).append(key)
     modules = _modules(layers, keys, names or {})
     taken = set(modules.values())
-    result = {key: _tensor(value) for key, value in state.items() if _split(key)[0] not in taken}
+    result = {key: _tensor(value, key) for key, value in state.items() if _split(key)[0] not in taken}
     for name, module in modules.items():
-        for own, value in _translate(state, keys.get(module, []), name, layers[name], steps).items():
+        for own, value in _translate(state, keys[module], name, layers[name], steps).items():
             result[f"{name}.{own}" if name else own] = value
     return result
-
-
-def _tracks(module: nn.Module) -> bool:
-    return isinstance(module, (Norm, _BatchNorm)) and module.running_mean is not None
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -127,7 +123,7 @@ def _translate(
             "Implementations that keep them in plain attributes lose them in a checkpoint: add them to state"
         )
     values = {
-        meaning: _tensor(state[key]) if meaning == "num_batches_tracked" else _flat(state[key], key, name, layer)
+        meaning: _tensor(state[key], key) if meaning == "num_batches_tracked" else _flat(state[key], key, name, layer)
         for meaning, key in found.items()
     }
     result = _affine(values, found, name, layer)
@@ -159,7 +155,7 @@ def _by_meaning(keys: Iterable[str], name: str) -> dict[str, str]:
 
 
 def _flat(value: Any, key: str, name: str, layer: Any) -> Tensor:
-    tensor = _tensor(value)
+    tensor = _tensor(value, key)
     if tensor.numel() != layer.num_features or layer.num_features not in (1, *tensor.shape):
         raise ValueError(
             f"{key!r} must have one number for each of the num_features={layer.num_features} of {name}, "
@@ -193,5 +189,13 @@ def _variance(std: Tensor, key: str, name: str, layer: Any) -> Tensor:
     return var.to(torch.promote_types(std.dtype, torch.float32))
 
 
-def _tensor(value: Any) -> Tensor:
-    return value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+def _tensor(value: Any, key: str) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    try:
+        return torch.tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"state must have tensors or arrays alone, got {type(value).__name__} for {key!r}: hand over the state "
+            "dict alone, where the checkpoint has more"
+        ) from error

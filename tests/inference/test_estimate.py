@@ -67,9 +67,18 @@ def test_later_layers_see_what_the_earlier_ones_normalize_by_the_batch(make: Cal
     again = inputs.copy()
     inputs.clear()
     renorm.estimate(model, data)
-    if not getattr(model[0], "limits", None):  # a correction depends on the statistics that it is towards
-        for one, other in zip(inputs, again, strict=True):
-            assert torch.equal(one, other)  # no dropout
+    for one, other in zip(inputs, again, strict=True):
+        assert torch.equal(one, other)  # no dropout, and no correction toward the statistics that are replaced
+
+
+@every_layer
+def test_a_later_layer_s_statistics_are_those_of_its_inputs_at_evaluation(make: Callable[[int], nn.Module]) -> None:
+    model = nn.Sequential(make(3), nn.Conv2d(3, 3, 1), make(3))
+    data = [torch.randn(8, 3, 5, 5) * 2 + 3 for _ in range(4)]
+    renorm.estimate(model, data)
+    with torch.no_grad():
+        mean = torch.stack([model[:2].eval()(x).mean((0, 2, 3)) for x in data]).mean(0)
+    torch.testing.assert_close(model[2].running_mean, mean, rtol=1e-2, atol=1e-2)
 
 
 @every_layer
@@ -79,10 +88,10 @@ def test_everything_else_is_as_it_was(make: Callable[[int], nn.Module], training
     model[2].train(not training)
     before = copy.deepcopy(model.state_dict())
     modes = [module.training for module in model.modules()]
-    momentum = model[1].momentum
+    momentum, limits = model[1].momentum, getattr(model[1], "limits", None)
     renorm.estimate(model, batches())
     assert [module.training for module in model.modules()] == modes
-    assert model[1].momentum == momentum
+    assert (model[1].momentum, getattr(model[1], "limits", None)) == (momentum, limits)
     assert not model[1]._forward_pre_hooks
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) != name.endswith(("running_mean", "running_var")), name
@@ -91,15 +100,15 @@ def test_everything_else_is_as_it_was(make: Callable[[int], nn.Module], training
 @every_layer
 def test_an_error_in_the_middle_changes_nothing(make: Callable[[int], nn.Module]) -> None:
     model = nn.Sequential(make(3))
-    before = copy.deepcopy(model.state_dict())
+    before, limits = copy.deepcopy(model.state_dict()), getattr(model[0], "limits", None)
     with pytest.raises((ValueError, RuntimeError), match=r"channel|num_features|elements"):
         renorm.estimate(model, [*batches(), torch.randn(4, 2, 5, 5)])
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert model[0].training
     assert not model[0]._forward_pre_hooks
-    if isinstance(model[0], renorm.Norm):
-        assert model[0].blocks == ()
+    assert getattr(model[0], "limits", None) == limits
+    assert getattr(model[0], "blocks", ()) == ()
 
 
 @every_layer
@@ -136,10 +145,44 @@ def test_a_forward_of_the_user_s_own() -> None:
 def test_what_cannot_be_estimated_is_refused() -> None:
     with pytest.raises(ValueError, match="no norm layer with running statistics"):
         renorm.estimate(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)), batches())
-    with pytest.raises(ValueError, match="loader gave no batch"):
+    with pytest.raises(ValueError, match="loader must give a batch with finite moments"):
         renorm.estimate(nn.BatchNorm2d(3), [])
     with pytest.raises(TypeError, match=r"a batch must be a tensor.*got int"):
         renorm.estimate(nn.BatchNorm2d(3), [3])
+
+
+def test_frozen_statistics_are_not_estimated() -> None:
+    model = nn.Sequential(renorm.BatchNorm2d(3), renorm.BatchRenorm2d(3))
+    with renorm.freeze(model[1]), pytest.raises(ValueError, match=r"model must not be in renorm.freeze.* of 1 as they"):
+        renorm.estimate(model, batches())
+    renorm.estimate(model, batches())
+
+
+def test_batch_renorm_takes_single_elements_here_too() -> None:
+    model = nn.Sequential(renorm.BatchRenorm1d(3), nn.Linear(3, 3), renorm.BatchRenorm1d(3))
+    data = [torch.randn(size, 3) for size in (6, 4, 1)]
+    renorm.estimate(model, data)
+    torch.testing.assert_close(model[0].running_mean, torch.cat(data).mean(0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_subclass_that_is_called_by_name_and_keeps_no_count() -> None:
+    class Own(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = Own(3)
+            self.bn.num_batches_tracked = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(x=x)
+
+    model, data = Calls(), batches()
+    renorm.estimate(model, data)
+    torch.testing.assert_close(model.bn.running_mean.double(), expected(model.bn, data)[0], rtol=1e-5, atol=1e-5)
+    assert renorm.inspect(model, data).layers[0].steps is None
 
 
 def test_a_layer_that_no_batch_reaches_is_named() -> None:

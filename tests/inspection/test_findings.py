@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -87,6 +88,36 @@ def test_the_gap_between_the_modes_is_told_with_its_interval(report: ModeReport,
 def test_trouble_is_never_called_nothing() -> None:
     for layers, modes in (([HEALTHY], [mode((0.2, 0.1, 0.3))]), ([replace(HEALTHY, between_within=5.0)], [])):
         assert not any(NOTHING in str(finding) for finding in find(layers, modes))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"r": (math.nan,) * 3},
+        {"shift": math.nan, "scale": math.nan},
+        {"r": (0.0, 0.0, 0.0), "scale": 0.0},  # an infinite running variance
+        {"r": (0.0, 1.0, 1.1)},
+        {"d": (-math.inf, 0.0, 0.1)},
+        {"range_evaluation": math.inf},
+    ],
+)
+def test_numbers_that_are_not_finite_are_no_advice(change: dict[str, Any]) -> None:
+    ill = replace(HEALTHY, name="bn", between_within=10.0, dead=1, **change)
+    (finding,) = find([HEALTHY, ill], [])
+    assert (finding.layer, finding.measure) == ("bn", "finite")
+    assert str(finding) == ("bn: its batches or its running statistics are not finite: its other numbers say nothing")
+
+
+def test_layers_that_are_not_finite_come_first() -> None:
+    layers = [replace(HEALTHY, name="unused", batches=0), replace(HEALTHY, name="bn", scale=math.inf)]
+    assert [finding.measure for finding in find(layers, [])] == ["finite", "batches"]
+
+
+@pytest.mark.parametrize("gap", [(math.nan,) * 3, (math.nan, 0.1, 0.2), (math.inf,) * 3])
+def test_scores_that_are_not_finite_are_no_advice(gap: tuple[float, float, float]) -> None:
+    report = replace(mode(gap, "cross_entropy"), composition=Interval(*(math.nan,) * 3))
+    (finding,) = find([HEALTHY], [report])
+    assert str(finding) == "cross-entropy is not finite in evaluation or training mode: look for NaN in outputs"
 
 
 def test_what_is_read_from_the_batch_s_composition_is_told() -> None:

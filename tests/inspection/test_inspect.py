@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import timm
@@ -148,15 +148,20 @@ def test_nothing_of_the_model_changes(make: Callable[[int], nn.Module]) -> None:
         assert not new._forward_pre_hooks
 
 
-def test_an_error_leaves_the_model_as_it_was() -> None:
-    model = network(nn.BatchNorm2d)
+@pytest.mark.parametrize(
+    ("shape", "message"), [((2, 5, 6, 6), "channels"), ((1, 3, 1, 1), "more than 1 value per channel")],
+    ids=["every mode", "training alone"],
+)  # fmt: skip
+def test_an_error_leaves_the_model_as_it_was(shape: tuple[int, ...], message: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     before = copy.deepcopy(model)
-    with pytest.raises(RuntimeError):
-        renorm.inspect(model, [*batches(), (torch.randn(2, 5, 6, 6), torch.zeros(2).long())])
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        renorm.inspect(model, [*batches(), (torch.randn(shape), torch.zeros(shape[0]).long())])
     for name, tensor in before.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     assert model[1].training
     assert not model[1]._forward_pre_hooks
+    assert not model[1]._forward_hooks
 
 
 def means_of(spread_between: float, examples: int = 16) -> list[Tensor]:
@@ -241,10 +246,31 @@ def test_what_a_network_reads_from_its_batches_is_lost_in_shuffled_ones() -> Non
     assert mode.composition.low > 0.2
 
 
-@pytest.mark.parametrize("kind", ["tuple", "list", "mapping"])
-def test_batches_of_any_kind_are_shuffled_with_their_targets(kind: str) -> None:
-    def batch(x: Tensor, y: Tensor) -> Any:
-        return {"tuple": (x, y), "list": [x, y], "mapping": {"x": x, "labels": y}}[kind]
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+class Named(dict[str, Any]):
+    """Batches as tokenizers make them."""
+
+
+KINDS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "tuple": lambda x, y: (x, y),
+    "list": lambda x, y: [x, y],
+    "named tuple": Pair,
+    "mapping": lambda x, y: {"x": x, "labels": y},
+    "its subclass": lambda x, y: Named(x=x, labels=y),
+}
+
+
+@pytest.mark.parametrize("batch", KINDS.values(), ids=KINDS)
+def test_batches_of_any_kind_are_shuffled_with_their_targets(batch: Callable[[Tensor, Tensor], Any]) -> None:
+    seen = []
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        seen.append(type(batch))
+        return model(batch["x"] if isinstance(batch, dict) else batch[0])
 
     class Given(nn.Module):
         def __init__(self) -> None:
@@ -257,9 +283,17 @@ def test_batches_of_any_kind_are_shuffled_with_their_targets(kind: str) -> None:
 
     x = torch.randn(64, 2)
     data = [batch(a, a.argmax(1)) for a in x.split([16, 16, 30, 2])]
-    mode = renorm.inspect(Given(), data).modes[0]
+    mode = renorm.inspect(Given(), data, forward=forward).modes[0]
     assert mode.shuffled is not None
     assert mode.shuffled.mean == 1
+    assert set(seen) == {type(data[0])}
+
+
+@pytest.mark.parametrize("number", [2, 32, 33, 64, 65])
+def test_no_batch_is_left_out_of_the_shuffling(number: int) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    mode = renorm.inspect(model, [(torch.randn(3, 2), torch.zeros(3).long())] * number).modes[0]
+    assert mode.composition is not None
 
 
 def test_batches_that_cannot_be_joined_are_not_shuffled() -> None:

@@ -67,6 +67,21 @@ def test_the_picture_shows_every_layer_and_score(found: renorm.Inspection) -> No
     assert evaluation == [layer.range_evaluation for layer in found.layers]
 
 
+def test_without_a_layer_that_a_batch_reached_there_is_no_picture() -> None:
+    found = renorm.inspect(nn.Sequential(nn.BatchNorm1d(3)), torch.randn(20, 3).split(4), forward=lambda model, x: x)
+    with pytest.raises(ValueError, match="inspection has 1 norm layers, but no batch reached one"):
+        found.plot()
+
+
+def test_a_layer_that_is_not_finite_is_told_and_drawn_beside_the_others() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[0].running_var.fill_(torch.inf)
+    model[1].running_mean.fill_(torch.nan)
+    found = renorm.inspect(model, torch.randn(20, 3).split(4))
+    assert "not finite" in str(found.findings[0])
+    assert len(found.plot().axes[0].get_yticks()) == 3
+
+
 def test_without_scores_the_picture_has_the_layers_only() -> None:
     found = renorm.inspect(nn.Sequential(nn.BatchNorm1d(3)), torch.randn(20, 3).split(4))
     assert [axes.get_title() for axes in found.plot().axes] == ["r", "d", "range"]

@@ -19,7 +19,7 @@ pytest.importorskip("lightning")
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from renorm.integrations.lightning import RenormCallback
+from renorm.integrations.lightning import RenormCallback, _first
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -101,6 +101,11 @@ def test_the_example_weight_is_chosen_on_validation_data_and_kept(tmp_path: Path
     assert again.net[1].example_weight == callback.weighing.alpha
     x = torch.randn(5, 4)
     assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("loaders", ["first", ["first", "second"], {"one": "first", "other": "second"}])
+def test_of_several_validation_loaders_the_first_is_weighed_on(loaders: Any) -> None:
+    assert _first(loaders) == "first"
 
 
 def test_what_cannot_be_done_is_said_before_the_training(tmp_path: Path) -> None:

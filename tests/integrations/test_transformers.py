@@ -65,6 +65,15 @@ def test_the_example_weight_is_chosen_on_evaluation_data(tmp_path: Path) -> None
     assert callback.weighing.gain.low > 0
 
 
+def test_a_training_without_an_evaluation_ends_with_a_warning(tmp_path: Path) -> None:
+    callback = RenormCallback(limits=None, weigh=renorm.weigh)
+    short = trainer(renorm.convert(resnet(), renorm.BatchNorm), tmp_path, callback, eval_strategy="epoch",
+                    eval_delay=99, max_steps=2)  # fmt: skip
+    with pytest.warns(UserWarning, match=r"none ran in this training.*call renorm.weigh\(model, loader\)"):
+        short.train()
+    assert callback.weighing is None
+
+
 def test_what_cannot_be_done_is_said_before_the_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no layer of the model has limits"):
         trainer(resnet(), tmp_path, RenormCallback()).train()

@@ -267,3 +267,6 @@ def test_an_optimizer_without_such_a_group_is_refused() -> None:
     optimizer = optim.SGD(param_groups(network(), DECAY), lr=0.1)
     with pytest.raises(ValueError, match="must have a group that decays toward 1"):
         decay_toward_one(optimizer)
+    optimizer = optim.SGD(param_groups(network(), DECAY, norm="none", toward=1), lr=0.1)
+    with pytest.raises(ValueError, match="a gamma to decay: with norm='all'"):
+        decay_toward_one(optimizer)

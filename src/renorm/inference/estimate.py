@@ -10,21 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..limits import Limits
 from ..moments import Moments
 from ..norm import Norm
-from ..occasions import Accumulation
+from ..occasions import Accumulation, counts
 from ..ops.statistics import center
 from ..tracking import update_running
 from ..workers.group import Workers
 from ..workers.sums import Rule, from_sums, to_sums
-from .passes import Forward, batch_statistics, forward, tracking_layers
+from .passes import Forward, arguments, batch_statistics, forward, tracking_layers
+
+_PLAIN = Limits.constant(r_max=1.0, d_max=0.0)  # batch norm, and single elements are still taken
 
 
 def estimate(model: nn.Module, loader: Iterable[Any], *, forward: Forward = forward) -> nn.Module:
     """Replace the running statistics of a model's norm layers by those of a data set, in place.
 
     One pass in which the norm layers normalize by their batches, as in training, and everything else is as at
-    evaluation (no dropout). A layer's moments are merged over all batches by their counts, as its tracking rule says:
+    evaluation (no dropout). Batch renorm's correction rests meanwhile, since it would be toward the statistics that
+    are replaced. A layer's moments are merged over all batches by their counts, as its tracking rule says:
     population mean and variance for nn.BatchNorm, "var" and "total"; for "std" the mean over batches of the standard
     deviation. With torch.distributed initialized, over all processes. Weights, modes, momentum and
     `num_batches_tracked`, so also limits, stay as they are; after an error the statistics too.
@@ -43,7 +47,7 @@ def estimate(model: nn.Module, loader: Iterable[Any], *, forward: Forward = forw
 
     Raises:
         TypeError: a batch is none of these.
-        ValueError: the model has no layer with running statistics, or no batch reached one.
+        ValueError: the model has no layer with running statistics, no batch reached one, or `renorm.freeze` is open.
 
     Warns:
         UserWarning: batches were left out because their moments were not finite, or a layer saw none.
@@ -60,6 +64,7 @@ def estimate(model: nn.Module, loader: Iterable[Any], *, forward: Forward = forw
         True
     """
     layers = tracking_layers(model)
+    _refuse_frozen(layers)
     rules = [_rule(layer) for layer in layers.values()]
     device = next(iter(layers.values())).running_mean.device
     total = torch.zeros_like(to_sums(rules, [[] for _ in rules], device))
@@ -79,23 +84,37 @@ def _rule(layer: Any) -> Rule:
     return layer.rule if isinstance(layer, Norm) else Rule(layer.num_features, "var", 1, float(layer.eps))
 
 
+def _refuse_frozen(layers: dict[str, Any]) -> None:
+    frozen = [name or "(root)" for name, layer in layers.items() if not counts(getattr(layer, "blocks", ()))]
+    if frozen:
+        raise ValueError(
+            f"model must not be in renorm.freeze, which keeps the running statistics of {', '.join(frozen)} as they "
+            "are: call estimate outside of the block"
+        )
+
+
 @contextmanager
 def _watched(model: nn.Module, layers: list[Any]) -> Iterator[list[list[Moments]]]:
     """Yield a list for each layer that gets the moments of its batches, by which it normalizes."""
     blocks = {layer: Accumulation() for layer in layers}
     plain = [layer for layer in layers if not isinstance(layer, Norm)]
+    corrected = {layer: layer.limits for layer in layers if isinstance(layer, Norm) and layer.limits is not None}
     handles = [layer.register_forward_pre_hook(_noting(blocks[layer]), with_kwargs=True) for layer in plain]
     try:
+        for layer in corrected:
+            layer.limits = _PLAIN
         with batch_statistics(model, layers, blocks):
             yield [block.batches for block in blocks.values()]
     finally:
+        for layer, limits in corrected.items():
+            layer.limits = limits
         for handle in handles:
             handle.remove()
 
 
 def _noting(block: Accumulation) -> Any:
-    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        x = inputs[0] if inputs else named["input"]
+    def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x, _ = arguments(inputs, named)
         if x.numel() > 0:
             block.batches.append(center(x[None], None)[2])
 
@@ -107,12 +126,23 @@ def _write(layers: dict[str, Any], rules: list[Rule], total: Tensor) -> None:
     counts = [float(moments.count) for moments in found]
     unseen = [name or "(root)" for name, count in zip(layers, counts, strict=True) if count == 0]
     if len(unseen) == len(layers):
-        raise ValueError("loader gave no batch with finite moments: running statistics are as they were")
+        raise ValueError(
+            "loader must give a batch with finite moments, gave none (NaN in data or weights, or an iterator that is "
+            "used up?): running statistics are as they were"
+        )
     if unseen:
-        warnings.warn(f"no finite batch reached {', '.join(unseen)}, whose statistics are as they were", stacklevel=3)
+        warnings.warn(
+            f"no finite batch reached {', '.join(unseen)}, whose statistics are as they were: the model does not call "
+            "it on these data, or values are not finite before it",
+            stacklevel=3,
+        )
     if any(int(number) for number in left_out):
         most = max(int(number) for number in left_out)
-        warnings.warn(f"{most} batches were left out because their moments were not finite", stacklevel=3)
+        warnings.warn(
+            f"{most} batches were left out because their moments were not finite: look for NaN and infinity in the "
+            "data, and for overflow in half precision",
+            stacklevel=3,
+        )
     for layer, rule, moments, count in zip(layers.values(), rules, found, counts, strict=True):
         if count == 0:
             continue

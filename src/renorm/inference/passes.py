@@ -72,6 +72,21 @@ def target(batch: Any) -> Any:
     )
 
 
+def arguments(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """What a norm layer is called with.
+
+    Args:
+        inputs: positional arguments.
+        named: arguments by name.
+
+    Returns:
+        The input, (N, C, *S), without its graph, and the mask, (N, *S), or None.
+    """
+    x = inputs[0] if inputs else named["x" if "x" in named else "input"]
+    mask = inputs[1] if len(inputs) > 1 else named.get("mask")
+    return x.detach(), None if mask is None else mask.expand(x.shape[0], *x.shape[2:])
+
+
 @contextmanager
 def modes(model: nn.Module, training: set[nn.Module]) -> Iterator[None]:
     """Put a model into evaluation mode, but for some modules, and restore every module's mode at the end.
@@ -96,6 +111,18 @@ def modes(model: nn.Module, training: set[nn.Module]) -> Iterator[None]:
             module.training = mode
 
 
+def tracks(module: nn.Module) -> bool:
+    """Whether a module is a norm layer, ours or torch's, that has running statistics.
+
+    Args:
+        module: any module.
+
+    Returns:
+        True for layers of renorm and nn.BatchNorm, and for subclasses of them.
+    """
+    return isinstance(module, (Norm, _BatchNorm)) and module.running_mean is not None
+
+
 def tracking_layers(model: nn.Module) -> dict[str, Any]:
     """The norm layers of a model, ours and torch's, that have running statistics.
 
@@ -108,13 +135,12 @@ def tracking_layers(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: there is none.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (Norm, _BatchNorm)) and module.running_mean is not None
-    }
+    layers = {name: module for name, module in model.named_modules() if tracks(module)}
     if not layers:
-        raise ValueError("model has no norm layer with running statistics")
+        raise ValueError(
+            "model has no norm layer with running statistics: it must have nn.BatchNorm or layers of renorm, with "
+            "track_running_stats=True"
+        )
     return layers
 
 
@@ -134,7 +160,9 @@ def batch_statistics(
     """
     layers = list(layers)
     plain = [layer for layer in layers if not isinstance(layer, Norm)]
-    before = [{name: getattr(layer, name).clone() for name in _BUFFERS} for layer in plain]
+    before = [
+        {name: buffer.clone() for name in _BUFFERS if (buffer := getattr(layer, name)) is not None} for layer in plain
+    ]
     frozen = Frozen("batch")
     ours = {layer: frozen if blocks is None else blocks[layer] for layer in layers if isinstance(layer, Norm)}
     try:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 # From a model's output and the target to a score of each example, (N,).
@@ -68,7 +68,7 @@ class Evaluation:
         """The score with its uncertainty."""
         return _interval(self.score, self.replicates)
 
-    def gain(self, over: Evaluation, higher_is_better: bool = True) -> Interval:
+    def gain(self, over: Evaluation, higher_is_better: bool) -> Interval:
         """How much better this is than another evaluation of the same examples in the same order.
 
         Args:
@@ -96,7 +96,7 @@ class Judge:
     """
 
     def __init__(self, metric: str | ExampleScore | Metric, higher_is_better: bool | None = None) -> None:
-        known = True
+        known: bool | None = None
         if isinstance(metric, str):
             if metric not in _NAMED:
                 names = ", ".join(map(repr, _NAMED))
@@ -104,19 +104,23 @@ class Judge:
             self.name = metric
             metric, known = _NAMED[metric]
         elif isinstance(metric, Metric):
-            self.name = type(metric).__name__
-            higher_is_better = metric.higher_is_better if higher_is_better is None else higher_is_better
+            self.name, known = type(metric).__name__, metric.higher_is_better
         elif callable(metric):
             self.name = getattr(metric, "__name__", "score")
         else:
             raise TypeError(f"metric must be a name, a function or a torchmetrics metric, got {type(metric).__name__}")
-        if self.name not in _NAMED and higher_is_better is None:
+        higher_is_better = known if higher_is_better is None else higher_is_better
+        if higher_is_better is None:
             raise ValueError(f"higher_is_better must be True or False for {self.name}, got None")
-        self.higher_is_better = known if higher_is_better is None else higher_is_better
+        self.higher_is_better = higher_is_better
         self._metric = metric
 
     def start(self) -> Scoring:
-        """Scoring of a pass over data, to be given its batches."""
+        """Begin a pass over data.
+
+        Returns:
+            The pass's scoring, to be given its batches.
+        """
         return _OfMetric(self._metric) if isinstance(self._metric, Metric) else _OfExamples(self._metric)
 
 
@@ -137,6 +141,9 @@ class Scoring(Protocol):
         Args:
             by_batch: whether resamples are of whole batches: where an example's score depends on its batch.
 
+        Returns:
+            The score, with resamples.
+
         Raises:
             ValueError: there was no example.
         """
@@ -151,7 +158,11 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
 
     Returns:
         1 where right, 0 elsewhere, (N,); the share of positions where there are any.
+
+    Raises:
+        ValueError: the shapes are others.
     """
+    _require_classes("accuracy", output, target, target.shape == output.shape[:1] + output.shape[2:])
     return _per_example((output.argmax(1) == target).double())
 
 
@@ -164,8 +175,21 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
 
     Returns:
         Of each example, (N,); the mean over positions where there are any.
+
+    Raises:
+        ValueError: there is no dimension of classes, or a single class.
     """
+    _require_classes("cross_entropy", output, target)
     return _per_example(F.cross_entropy(output, target, reduction="none").double())
+
+
+def _require_classes(name: str, output: Tensor, target: Tensor, fits: bool = True) -> None:
+    if output.ndim < 2 or output.shape[1] < 2 or not fits:
+        raise ValueError(
+            f"{name} is of logits (N, classes, *), two classes at least, and targets (N, *), got shapes "
+            f"{tuple(output.shape)} and {tuple(target.shape)}: give another metric (inspect: metric=None, loss=None "
+            "for none)"
+        )
 
 
 def bootstrap(sums: Tensor, sizes: Tensor) -> Evaluation:
@@ -206,10 +230,11 @@ class _OfExamples:
 
     def evaluation(self, by_batch: bool = False) -> Evaluation:
         _check_examples(sum(map(len, self._scores)))
-        scores = [scores.sum()[None] for scores in self._scores] if by_batch else self._scores
-        sizes = torch.tensor([float(len(scores)) for scores in self._scores], dtype=torch.float64)
-        sums = torch.cat(scores)
-        return bootstrap(sums, sizes if by_batch else torch.ones_like(sums))
+        if not by_batch:
+            scores = torch.cat(self._scores)
+            return bootstrap(scores, torch.ones_like(scores))
+        sizes = torch.tensor([len(scores) for scores in self._scores], dtype=torch.float64)
+        return bootstrap(torch.stack([scores.sum() for scores in self._scores]), sizes)
 
 
 class _OfMetric:
@@ -227,6 +252,8 @@ class _OfMetric:
         sizes = [len(output) for output in self._outputs]
         _check_examples(sum(sizes))
         outputs, targets = _joined(self._outputs), _joined(self._targets)
+        if isinstance(self._metric, nn.Module) and isinstance(outputs, Tensor):
+            self._metric.to(outputs.device)
         batches = torch.arange(len(outputs)).split(sizes)
         replicates = []
         for drawn in _resamples(len(sizes) if by_batch else len(outputs), _METRIC_RESAMPLES):
@@ -254,12 +281,14 @@ def _side_by_side(output: Any, target: Any) -> tuple[Any, Any]:
 
 def _check_examples(number: int) -> None:
     if number == 0:
-        raise ValueError("loader has no example")
+        raise ValueError("loader has no example: it must give at least one batch (an iterator that is used up?)")
 
 
-def _resamples(number: int, resamples: int) -> list[Tensor]:
+def _resamples(number: int, resamples: int) -> Iterator[Tensor]:
+    """Indices, (number,), one resample after the other: all at once would be a thousand times the examples."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(number, (number,), generator=generator) for _ in range(resamples)]
+    for _ in range(resamples):
+        yield torch.randint(number, (number,), generator=generator)
 
 
 def _joined(batches: Sequence[Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..convert import convert
 from ..layers import BatchNorm
 from ..norm import Norm
-from .passes import Forward, forward, modes, target
+from ..surgery import replace_modules
+from .passes import Forward, forward, modes, target, tracks
 from .progress import progress
 from .scores import Evaluation, ExampleScore, Judge, Metric
 from .search import best_of, next_place
@@ -48,6 +49,7 @@ def weigh(
 
     Args:
         model: trained; torch's batch norm layers become `renorm.BatchNorm`, which load and save the same state.
+            Subclasses of them stay as they are, with a warning. After an error everything is as it was.
         loader: validation data, passed over several times: batches of input and target, (x, target), or mappings with
             "label" or "labels". In the same order each time, or the gain's interval gets wider than it is.
         metric: "accuracy", "cross_entropy", a function of the model's output and the target that gives a score of
@@ -64,8 +66,8 @@ def weigh(
 
     Raises:
         TypeError: a batch has no target.
-        ValueError: the metric is unknown, the loader can be passed over only once or has no example, or there is no
-            norm layer with running statistics.
+        ValueError: the metric is unknown or does not suit outputs and targets, the loader can be passed over only once
+            or has no example, or there is no norm layer with running statistics.
 
     Source:
         Summers & Dinneen 2020, section 3.1; with a weight for each layer, EvalNorm (Singh & Shrivastava 2019).
@@ -80,10 +82,11 @@ def weigh(
         True
     """
     judge = Judge(metric, higher_is_better)
-    if iter(loader) is loader:
+    if isinstance(loader, Iterator):
         raise ValueError("loader is passed over several times: give a DataLoader or a list, not an iterator")
     if per not in get_args(Per):
         raise ValueError(f"per must be one of {', '.join(map(repr, get_args(Per)))}, got {per!r}")
+    modules = dict(model.named_modules())
     layers = _layers(model)
     parts = _parts(layers, per)
     before = [layer.example_weight for layer in layers.values()]
@@ -92,6 +95,7 @@ def weigh(
             return _weigh(layers, parts, _Passes(model, loader, forward, judge, show), judge)
     except BaseException:
         _restore(layers, before)
+        replace_modules(model, {layer: modules[name] for name, layer in layers.items()})
         raise
 
 
@@ -184,8 +188,8 @@ class _Passes:
 
 
 def _layers(model: nn.Module) -> dict[str, Norm]:
-    if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        converted = convert(model, BatchNorm, where=_tracks, report=lambda report: None)
+    if any(map(_is_plain, model.modules())):
+        converted = convert(model, BatchNorm, where=lambda _, module: _is_plain(module), report=lambda report: None)
         if converted is not model:
             raise ValueError("model must contain its norm layer: convert(model, renorm.BatchNorm) replaces it itself")
     layers = {
@@ -194,12 +198,15 @@ def _layers(model: nn.Module) -> dict[str, Norm]:
         if isinstance(module, Norm) and module.track_running_stats
     }
     if not layers:
-        raise ValueError("model has no norm layer with running statistics")
+        raise ValueError(
+            "model has no norm layer with running statistics: it must have nn.BatchNorm or layers of renorm, with "
+            "track_running_stats=True; subclasses of nn.BatchNorm are passed over"
+        )
     return layers
 
 
-def _tracks(name: str, module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and module.running_mean is not None
+def _is_plain(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and tracks(module)
 
 
 def _parts(layers: dict[str, Norm], per: Per) -> list[list[Norm]]:

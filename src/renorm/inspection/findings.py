@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
+from ..inference.scores import Interval
 from .report import Finding, LayerReport, ModeReport
 
-# From where on a number is worth a sentence.
-_LEAST_GAP = {"accuracy": 0.005}
-_BETWEEN_WITHIN = 2.0
-_D_SIZE = 1.0
-_R_FACTOR = 2.0
-_SHIFT = 0.3
-_SCALE = 1.25
-_CLIPPED = 0.05
-_BEYOND_BOUND = 1.0
+_LEAST_GAP = {"accuracy": 0.005}  # from where on one is worth a sentence
 _NOTHING = (
     "running statistics describe the batches, and no batch depends on what it is made of: nothing much is to be gained "
     "at evaluation"
@@ -33,13 +27,14 @@ def find(layers: Sequence[LayerReport], modes: Sequence[ModeReport]) -> tuple[Fi
         The findings: of the model, then of its layers.
     """
     of_modes, of_layers = _of_modes(modes), [finding for finding in _of_layers(layers) if finding is not None]
-    if of_layers or any(map(_evaluation_loses, modes)):
+    if of_layers or any(_is_sure(mode.gap, mode.metric) or not math.isfinite(mode.gap.mean) for mode in modes):
         return (*of_modes, *of_layers)
     return (*of_modes, Finding(None, "none", 0.0, _NOTHING))
 
 
-def _evaluation_loses(mode: ModeReport) -> bool:
-    return mode.gap.low > 0 and mode.gap.mean >= _LEAST_GAP.get(mode.metric, 0)
+def _is_sure(gap: Interval, metric: str) -> bool:
+    """Whether a score is better for sure, and by enough; NaN is not."""
+    return gap.low > 0 and gap.mean >= _LEAST_GAP.get(metric, 0)
 
 
 def _of_modes(modes: Sequence[ModeReport]) -> list[Finding]:
@@ -49,7 +44,10 @@ def _of_modes(modes: Sequence[ModeReport]) -> list[Finding]:
 def _gap(mode: ModeReport) -> Finding:
     gap, size = mode.gap, _amount(mode.metric, abs(mode.gap.mean))
     interval = f"(95%: {_amount(mode.metric, gap.low, '')} to {_amount(mode.metric, gap.high, '')})"
-    if _evaluation_loses(mode):
+    if not math.isfinite(gap.mean):
+        text = f"{mode.metric.replace('_', '-')} is not finite in evaluation or training mode: look for NaN in outputs"
+        return Finding(None, f"gap, {mode.metric}", gap.mean, text)
+    if _is_sure(gap, mode.metric):
         text = (
             f"evaluation loses {size} against training mode on the same batches {interval}: running statistics do "
             "not describe single examples; try renorm.weigh(model, validation)"
@@ -68,7 +66,7 @@ def _gap(mode: ModeReport) -> Finding:
 
 def _composition(mode: ModeReport) -> Finding | None:
     gap = mode.composition
-    if gap is None or gap.low <= 0 or gap.mean < _LEAST_GAP.get(mode.metric, 0):
+    if gap is None or not _is_sure(gap, mode.metric):
         return None
     text = (
         f"training mode is {_amount(mode.metric, gap.mean)} better on batches as they come than on the same examples "
@@ -85,73 +83,112 @@ def _amount(metric: str, value: float, unit: str | None = None) -> str:
 
 
 def _of_layers(layers: Sequence[LayerReport]) -> Iterable[Finding | None]:
-    seen = [layer for layer in layers if layer.batches]
-    yield _worst(
-        layers, "batches", lambda layer: 0.0 if layer.batches else 1.0, 0.5, lambda layer: "no batch reached it"
-    )
-    yield _worst(
-        seen, "steps", lambda layer: float(layer.steps == 0), 0.5,
+    reached = [layer for layer in layers if layer.batches]
+    sound = [layer for layer in reached if _is_finite(layer)]
+    yield _worst(reached, _NOT_FINITE)
+    yield _worst(layers, _NOT_REACHED)
+    for check in _CHECKS:
+        yield _worst(sound, check)
+
+
+def _is_finite(layer: LayerReport) -> bool:
+    """Whether the numbers mean something: r is 0 where a running variance is infinite."""
+    numbers = (*layer.r, *layer.d, layer.shift, layer.scale, layer.range_training, layer.range_evaluation)
+    return all(map(math.isfinite, numbers)) and min(layer.r[0], layer.scale) > 0
+
+
+def _factor(ratio: float) -> float:
+    """How far a ratio is from 1, either way; NaN for what is no ratio."""
+    return max(ratio, 1 / ratio) if ratio > 0 else math.nan
+
+
+class _Check(NamedTuple):
+    """A number of a layer that is worth a sentence.
+
+    Args:
+        measure: its name.
+        value: the number.
+        threshold: above which it is worth one.
+        text: what it means and what helps, after the layer's name.
+    """
+
+    measure: str
+    value: Callable[[LayerReport], float]
+    threshold: float
+    text: Callable[[LayerReport], str]
+
+
+_OTHER_STATISTICS = "the statistics are of other data or other weights; try renorm.estimate(model, loader)"
+_TWO_COMPUTATIONS = (
+    "training and evaluation compute different things; train with renorm.BatchRenorm, or try "
+    "renorm.weigh(model, validation)"
+)
+_NOT_FINITE = _Check(
+    "finite", lambda layer: float(not _is_finite(layer)), 0.5,
+    lambda layer: "its batches or its running statistics are not finite: its other numbers say nothing",
+)  # fmt: skip
+_NOT_REACHED = _Check(
+    "batches", lambda layer: float(layer.batches == 0), 0.5, lambda layer: "no batch reached it"
+)  # fmt: skip
+_CHECKS = (
+    _Check(
+        "steps", lambda layer: float(layer.steps == 0), 0.5,
         lambda layer: "its running statistics have never been moved; try renorm.estimate(model, loader)",
-    )  # fmt: skip
-    yield _worst(
-        seen, "plain_until", lambda layer: float(layer.plain_until or 0), 0.5,
+    ),
+    _Check(
+        "plain_until", lambda layer: float(layer.plain_until or 0), 0.5,
         lambda layer: f"is plain batch norm until step {layer.plain_until}, and at {layer.steps} now; "
-        "try limits=renorm.Limits.over(total_steps)",
-    )  # fmt: skip
-    yield _worst(
-        seen, "shift", lambda layer: layer.shift, _SHIFT,
-        lambda layer: f"running means lie {layer.shift:.2f} standard deviations from the mean of these data: the "
-        "statistics are of other data or other weights; try renorm.estimate(model, loader)",
-    )  # fmt: skip
-    yield _worst(
-        seen, "scale", lambda layer: max(layer.scale, 1 / layer.scale), _SCALE,
-        lambda layer: f"standard deviations of batches are {layer.scale:.2f} of the running one: the statistics are "
-        "of other data or other weights; try renorm.estimate(model, loader)",
-    )  # fmt: skip
-    yield _worst(
-        seen, "between_within", lambda layer: layer.between_within, _BETWEEN_WITHIN,
+        "inspect again later, or, if the training is shorter, take limits=renorm.Limits.over(total_steps)",
+    ),
+    _Check(
+        "shift", lambda layer: layer.shift, 0.3,
+        lambda layer: f"running means lie {layer.shift:.2f} standard deviations from the mean of these data: "
+        + _OTHER_STATISTICS,
+    ),
+    _Check(
+        "scale", lambda layer: _factor(layer.scale), 1.25,
+        lambda layer: f"standard deviations of batches are {layer.scale:.2f} of the running one: " + _OTHER_STATISTICS,
+    ),
+    _Check(
+        "between_within", lambda layer: layer.between_within, 2.0,
         lambda layer: f"means of batches vary {layer.between_within:.1f} times as much as those of independent "
         "examples would (mean squares between over within): batches are dependent; train with renorm.BatchRenorm",
-    )  # fmt: skip
-    yield _worst(
-        seen, "d_size_95", lambda layer: layer.d_size[1], _D_SIZE,
+    ),
+    _Check(
+        "d_size_95", lambda layer: layer.d_size[1], 1.0,
         lambda layer: f"means of batches lie up to {layer.d_size[1]:.2f} running standard deviations from the running "
-        "mean (95% of |d|): training and evaluation compute different things; train with renorm.BatchRenorm, or try "
-        "renorm.weigh(model, validation)",
-    )  # fmt: skip
-    yield _worst(
-        seen, "r", lambda layer: max(layer.r[2], 1 / layer.r[0]), _R_FACTOR,
+        "mean (95% of |d|): " + _TWO_COMPUTATIONS,
+    ),
+    _Check(
+        "r", lambda layer: max(layer.r[2], _factor(layer.r[0])), 2.0,
         lambda layer: f"standard deviations of batches are {layer.r[0]:.2f} to {layer.r[2]:.2f} of the running one "
-        "(5 to 95% of r): training and evaluation compute different things; train with renorm.BatchRenorm, or try "
-        "renorm.weigh(model, validation)",
-    )  # fmt: skip
-    yield _worst(
-        seen, "clipped", lambda layer: max(layer.clipped_r, layer.clipped_d), _CLIPPED,
+        "(5 to 95% of r): " + _TWO_COMPUTATIONS,
+    ),
+    _Check(
+        "clipped", lambda layer: max(layer.clipped_r, layer.clipped_d), 0.05,
         lambda layer: f"limits of {layer.r_max:g} and {layer.d_max:g} clip {layer.clipped_r:.1%} of r and "
         f"{layer.clipped_d:.1%} of d: wider limits, or larger or more mixed batches",
-    )  # fmt: skip
-    yield _worst(
-        seen, "range_evaluation", lambda layer: layer.range_evaluation / layer.bound if layer.bound else 0.0,
-        _BEYOND_BOUND,
+    ),
+    _Check(
+        "range_evaluation", lambda layer: layer.range_evaluation / layer.bound if layer.bound else 0.0, 1.0,
         lambda layer: f"normalized values reach {layer.range_evaluation:.1f} at evaluation, and cannot exceed "
         f"{layer.bound:.1f} in training (sqrt(m - 1) for m = {layer.bound**2 + 1:.0f}): later layers see what they "
         "were not trained on; try renorm.weigh(model, validation)",
-    )  # fmt: skip
-    yield _worst(
-        seen, "dead", lambda layer: layer.dead / layer.channels, 1e-9,
+    ),
+    _Check(
+        "dead", lambda layer: layer.dead / layer.channels, 1e-9,
         lambda layer: f"{layer.dead} of {layer.channels} channels are dead (their output has a standard deviation "
         f"below 0.001) and {layer.nearly_dead} nearly (below 0.01): they can be pruned",
-    )  # fmt: skip
+    ),
+)  # fmt: skip
 
 
-def _worst(
-    layers: Sequence[LayerReport], measure: str, value: Callable[[LayerReport], float], threshold: float,
-    text: Callable[[LayerReport], str],
-) -> Finding | None:  # fmt: skip
+def _worst(layers: Sequence[LayerReport], check: _Check) -> Finding | None:
     """One finding for all layers beyond the threshold, which tells of the worst."""
-    beyond = [layer for layer in layers if not math.isnan(value(layer)) and value(layer) > threshold]
+    beyond = [layer for layer in layers if check.value(layer) > check.threshold]  # NaN is not
     if not beyond:
         return None
-    worst = max(beyond, key=value)
+    worst = max(beyond, key=check.value)
     others = f" (and {len(beyond) - 1} of {len(layers)} layers more, less so)" if len(beyond) > 1 else ""
-    return Finding(worst.name, measure, value(worst), f"{worst.name or '(root)'}: {text(worst)}{others}")
+    text = f"{worst.name or '(root)'}: {check.text(worst)}{others}"
+    return Finding(worst.name, check.measure, check.value(worst), text)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -31,10 +32,10 @@ def inspect(
     """Look for the difference between training and evaluation in a model's norm layers, and say what helps.
 
     One pass over the data, in three modes: evaluation; norm layers in training mode on the batches as the loader gives
-    them (everything else, as dropout, as at evaluation); and that on the same examples, shuffled among 32 batches.
-    Tells for each layer how far the statistics of batches lie from the running ones, how dependent the batches are,
-    what limits would clip, which channels are dead, and how far values reach; for the model the scores in each mode.
-    Nothing of the model changes.
+    them (everything else, as dropout, as at evaluation); and that on the same examples, shuffled among 32 batches, or
+    33 where one would be left alone. Tells for each layer how far the statistics of batches lie from the running ones,
+    how dependent the batches are, what limits would clip, which channels are dead, and how far values reach; for the
+    model the scores in each mode. Nothing of the model changes.
 
     Args:
         model: with layers of renorm, nn.BatchNorm or its subclasses.
@@ -49,7 +50,8 @@ def inspect(
         Reports of layers and modes, and findings; print it, `plot` it, write it `to_csv`.
 
     Raises:
-        ValueError: the model has no layer with running statistics, or the loader no batch; a metric is unknown.
+        ValueError: the model has no layer with running statistics, or the loader no batch; a metric is unknown, or
+            does not suit outputs and targets.
 
     Source:
         Ioffe 2017, section 4.3: training-mode evaluation as the test for the trouble. Summers & Dinneen 2020, appendix
@@ -66,77 +68,77 @@ def inspect(
     layers = tracking_layers(model)
     judges = [] if metric is None else [Judge(metric, higher_is_better)]
     judges += [] if loss is None else [Judge(loss, None if isinstance(loss, str) else False)]
-    passes = _Passes(model, forward, judges, [Measurement(name, layer) for name, layer in layers.items()])
+    passes = _Modes(model, forward, judges, [Measurement(name, layer) for name, layer in layers.items()])
     chunk: list[Any] = []
     for batch in loader:
+        if len(chunk) > _SHUFFLED:  # a batch more is there, so that none is left alone at the end
+            passes.shuffled(chunk[:_SHUFFLED])
+            del chunk[:_SHUFFLED]
         passes.measure(batch)
         chunk.append(batch)
-        if len(chunk) == _SHUFFLED:
-            passes.shuffled(chunk)
-            chunk = []
     passes.shuffled(chunk)
     return passes.inspection()
 
 
-class _Passes:
+class _Modes:
     """Scores in three modes, and measurements of layers in the first two."""
 
     def __init__(
         self, model: nn.Module, forward: Forward, judges: list[Judge], measurements: list[Measurement]
     ) -> None:
-        self.model, self.forward, self.judges, self.measurements = model, forward, judges, measurements
-        self.layers = [measurement.layer for measurement in measurements]
-        self.scorings = {mode: [judge.start() for judge in judges] for mode in ("evaluation", "training", "shuffled")}
-        self.batches = self.shuffled_batches = 0
+        self._model, self._forward, self._judges, self._measurements = model, forward, judges, measurements
+        self._layers = [measurement.layer for measurement in measurements]
+        self._scorings = {mode: [judge.start() for judge in judges] for mode in ("evaluation", "training", "shuffled")}
+        self._batches = self._shuffled_batches = 0
 
     def measure(self, batch: Any) -> None:
-        self.batches += 1
-        if self.batches == 1 and not _has_target(batch):
-            self.judges = []
-        with torch.no_grad(), modes(self.model, set()), self._hooked("evaluation"):
+        self._batches += 1
+        if self._batches == 1 and not _has_target(batch):
+            self._judges = []
+        with torch.no_grad(), modes(self._model, set()), self._hooked("evaluation"):
             self._score("evaluation", batch)
-        with batch_statistics(self.model, self.layers), self._hooked("training"):
+        with batch_statistics(self._model, self._layers), self._hooked("training"):
             self._score("training", batch)
 
     def shuffled(self, batches: list[Any]) -> None:
-        if not self.judges or len(batches) < 2:
+        if not self._judges or len(batches) < 2:
             return
         mixed = _mixed(batches)
-        self.shuffled_batches += len(mixed)
-        with batch_statistics(self.model, self.layers):
+        self._shuffled_batches += len(mixed)
+        with batch_statistics(self._model, self._layers):
             for batch in mixed:
                 self._score("shuffled", batch)
 
     def inspection(self) -> Inspection:
-        if self.batches == 0:
-            raise ValueError("loader has no batch")
-        layers = tuple(measurement.report() for measurement in self.measurements)
-        modes = tuple(map(self._mode_report, range(len(self.judges))))
-        return Inspection(layers, modes, find(layers, modes))
+        if self._batches == 0:
+            raise ValueError("loader has no batch: it must give at least one (an iterator that is used up?)")
+        layers = tuple(measurement.report() for measurement in self._measurements)
+        scores = tuple(map(self._mode_report, range(len(self._judges))))
+        return Inspection(layers, scores, find(layers, scores))
 
     def _score(self, mode: str, batch: Any) -> None:
-        output = self.forward(self.model, batch)
-        for scoring in self.scorings[mode] if self.judges else []:
+        output = self._forward(self._model, batch)
+        for scoring in self._scorings[mode] if self._judges else []:
             scoring.add(output, target(batch))
 
     def _mode_report(self, number: int) -> ModeReport:
-        judge = self.judges[number]
+        judge = self._judges[number]
         higher = judge.higher_is_better
-        evaluation, training = (self.scorings[mode][number].evaluation(True) for mode in ("evaluation", "training"))
+        evaluation, training = (self._scorings[mode][number].evaluation(True) for mode in ("evaluation", "training"))
         report = ModeReport(
             judge.name, higher, evaluation.interval, training.interval, None, training.gain(evaluation, higher), None
         )
-        if not self.shuffled_batches:
+        if not self._shuffled_batches:
             return report
-        shuffled = self.scorings["shuffled"][number].evaluation(True)
-        if self.shuffled_batches < self.batches:
+        shuffled = self._scorings["shuffled"][number].evaluation(True)
+        if self._shuffled_batches < self._batches:
             return replace(report, shuffled=shuffled.interval)
         return replace(report, shuffled=shuffled.interval, composition=training.gain(shuffled, higher))
 
     @contextmanager
     def _hooked(self, mode: str) -> Iterator[None]:
         handles: list[Any] = []
-        for measurement in self.measurements:
+        for measurement in self._measurements:
             if mode == "training":
                 hook = measurement.in_training
                 handles.append(measurement.layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -172,6 +174,15 @@ def _mixed(batches: list[Any]) -> list[Any]:
     mixed = {name: _mixed([batch[name] for batch in batches]) for name in names}
     if not mixed or not all(mixed.values()):
         return []
-    if isinstance(first, Mapping):
-        return [{name: mixed[name][i] for name in names} for i in range(len(batches))]
-    return [tuple(mixed[name][i] for name in names) for i in range(len(batches))]
+    return [_with_parts(batch, {name: mixed[name][i] for name in names}) for i, batch in enumerate(batches)]
+
+
+def _with_parts(batch: Any, parts: dict[Any, Any]) -> Any:
+    """A batch of the same type, with other tensors."""
+    if isinstance(batch, MutableMapping):
+        other = copy.copy(batch)
+        other.update(parts)
+        return other
+    if isinstance(batch, Mapping):
+        return parts
+    return type(batch)(*parts.values()) if hasattr(batch, "_fields") else type(batch)(parts.values())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..grouping import Grouping
+from ..inference.passes import arguments
 from ..limits import Limits
 from ..moments import Moments
 from ..norm import Norm
@@ -91,12 +92,7 @@ class Measurement:
         layer = self.layer
         steps = None if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
         limits: Limits | None = getattr(layer, "limits", None)
-        r_max, d_max = _limits(limits, steps or 0)
-        is_plain = limits is not None and (steps or 0) < limits.start
-        found = LayerReport(
-            self.name, type(layer).__name__, layer.num_features, steps, r_max, d_max,
-            plain_until=limits.start if limits is not None and is_plain else None,
-        )  # fmt: skip
+        found = LayerReport(self.name, type(layer).__name__, layer.num_features, steps, *_limits(limits, steps or 0))
         if not self._r:
             return found
         r, d, elements = torch.cat(self._r), torch.cat(self._d), torch.cat(self._elements)
@@ -104,9 +100,9 @@ class Measurement:
         return replace(
             found,
             batches=len(r), elements=float(elements.median()),
-            r=_quantiles(r, 0.05, 0.5, 0.95), d=_quantiles(d, 0.05, 0.5, 0.95), d_size=_quantiles(d.abs(), 0.5, 0.95),
+            r=quantiles(r, 0.05, 0.5, 0.95), d=quantiles(d, 0.05, 0.5, 0.95), d_size=quantiles(d.abs(), 0.5, 0.95),
             shift=float(d.mean(0).abs().median()), scale=self._scale(r, elements),
-            clipped_r=_share((r > r_max) | (r < 1 / r_max)), clipped_d=_share(d.abs() > d_max),
+            clipped_r=_share((r > found.r_max) | (r < 1 / found.r_max)), clipped_d=_share(d.abs() > found.d_max),
             between_within=self._between_within(), dead=dead, nearly_dead=nearly_dead,
             range_training=self._range_training, bound=math.sqrt(max(float(elements.max()) - 1, 0)),
             range_evaluation=self._range_evaluation,
@@ -154,21 +150,6 @@ class Measurement:
         return Running(layer.running_mean, layer.running_var, math.inf, math.inf)
 
 
-def arguments(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """What a norm layer is called with.
-
-    Args:
-        inputs: positional arguments.
-        named: arguments by name.
-
-    Returns:
-        The input, (N, C, *S), without its graph, and the mask, (N, *S), or None.
-    """
-    x = inputs[0] if inputs else named["x" if "x" in named else "input"]
-    mask = inputs[1] if len(inputs) > 1 else named.get("mask")
-    return x.detach(), None if mask is None else mask.expand(x.shape[0], *x.shape[2:])
-
-
 def _examples(x: Tensor, mask: Tensor | None) -> _Examples:
     moments = center(x[:, None], None if mask is None else mask[:, None, None])[2]
     positions = x.flatten(2) if x.ndim > 2 else x[..., None]
@@ -197,15 +178,25 @@ def _reach(examples: _Examples, mean: Tensor, sigma: Tensor) -> float:
     return max(0.0, float(reach.max()))
 
 
-def _limits(limits: Limits | None, steps: int) -> tuple[float, float]:
-    """What clips r and d: the layer's own limits where they are at work, or else the paper's."""
-    if limits is None or steps < limits.start:
-        return Limits().r_max, Limits().d_max
-    r_max, d_max = limits(torch.tensor(steps), torch.float32)
-    return float(r_max), float(d_max)
+def _limits(limits: Limits | None, steps: int) -> tuple[float, float, int | None]:
+    """What clips r and d (the layer's own limits where they are at work, or else the paper's), and from when on."""
+    if limits is None:
+        return Limits().r_max, Limits().d_max, None
+    if steps < limits.start:
+        return Limits().r_max, Limits().d_max, limits.start
+    return *limits.at(steps), None
 
 
-def _quantiles(values: Tensor, *at: float) -> tuple[float, ...]:
+def quantiles(values: Tensor, *at: float) -> tuple[float, ...]:
+    """Quantiles of any number of values, each the value that is nearest.
+
+    Args:
+        values: any shape, at least one.
+        at: which, in [0, 1].
+
+    Returns:
+        The quantiles.
+    """
     ordered = values.flatten().sort().values  # torch.quantile takes no more than 16 million
     return tuple(float(ordered[round(q * (len(ordered) - 1))]) for q in at)
 

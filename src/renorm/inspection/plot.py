@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,10 +25,18 @@ def draw(inspection: Inspection) -> Figure:
 
     Returns:
         The figure.
+
+    Raises:
+        ValueError: no batch reached a norm layer.
     """
     from matplotlib.figure import Figure
 
     layers = [layer for layer in inspection.layers if layer.batches]
+    if not layers:
+        raise ValueError(
+            f"inspection has {len(inspection.layers)} norm layers, but no batch reached one, so there is nothing to "
+            "draw: inspect the model on batches that it calls them with"
+        )
     height = min(_MOST_HEIGHT, 2.2 + _ROW * max(len(layers), 6))
     above = 2.2 if inspection.modes else 0.0
     figure = Figure(figsize=(11, height + above), layout="constrained")
@@ -72,7 +82,8 @@ def _correction(axes: Axes, layers: list[LayerReport], places: list[int], name: 
     axes.axvline(1 if name == "r" else 0, color="#666666", linewidth=0.8)
     if name == "r":
         axes.set_xscale("log", base=2)
-        axes.set_xlim(min(0.45, 0.9 * min(low)), max(2.2, 1.1 * max(high)))  # so that 0.5, 1 and 2 have ticks
+        # so that 0.5, 1 and 2 have ticks
+        axes.set_xlim(min([0.45, *_scaled(0.9, low)]), max([2.2, *_scaled(1.1, high)]))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set(title="r", xlabel="standard deviation of a group\nover the running one")
     else:
@@ -86,8 +97,13 @@ def _ranges(axes: Axes, layers: list[LayerReport], places: list[int]) -> None:
     axes.plot([layer.range_evaluation for layer in layers], places, "D", color=_BLUE, markersize=4,
               markerfacecolor="white", label="evaluation")  # fmt: skip
     axes.set_xscale("log")
-    ends = [end for layer in layers for end in (layer.bound, layer.range_training, layer.range_evaluation) if end > 0]
-    axes.set_xlim(min(0.9, *(0.8 * end for end in ends)), max(11.0, *(1.2 * end for end in ends)))
+    ends = [end for layer in layers for end in (layer.bound, layer.range_training, layer.range_evaluation)]
+    axes.set_xlim(min([0.9, *_scaled(0.8, ends)]), max([11.0, *_scaled(1.2, ends)]))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     axes.set(title="range", xlabel="largest size of a normalized value")
+
+
+def _scaled(factor: float, ends: Iterable[float]) -> list[float]:
+    """Ends of a logarithmic axis with a margin, of the numbers that have a place on it."""
+    return [factor * end for end in ends if 0 < end < math.inf]

@@ -42,7 +42,7 @@ class LayerReport:
         clipped_r: share of r outside of [1 / r_max, r_max].
         clipped_d: share of d outside of [-d_max, d_max].
         between_within: mean square of the examples' means between groups over that within, summed over channels in
-            units of the running variance: 1 where groups are i.i.d., up to the group's examples where they are alike.
+            units of the running variance: about 1 where groups are i.i.d., the larger the more alike the examples of a group are.
         dead: channels whose output at evaluation has a standard deviation below 0.001.
         nearly_dead: others below 0.01.
         range_training: largest size of a value normalized by its group.
@@ -127,7 +127,7 @@ class Inspection:
     Args:
         layers: a report for each norm layer, in the order of the model.
         modes: a report for each score.
-        findings: in plain language, the gravest first.
+        findings: in plain language: of the model, then of its layers, each about the worst layer.
     """
 
     layers: tuple[LayerReport, ...]
@@ -148,6 +148,9 @@ class Inspection:
 
         Returns:
             The figure; `savefig` writes it.
+
+        Raises:
+            ValueError: no batch reached a norm layer.
         """
         return draw(self)
 

@@ -40,6 +40,9 @@ def as_text(inspection: Inspection) -> str:
 
     Args:
         inspection: what to show.
+
+    Returns:
+        The text.
     """
     tables = ["\n".join(_lines(header, rows)) for header, rows in _tables(inspection)]
     return "\n\n".join(
@@ -52,6 +55,9 @@ def as_html(inspection: Inspection) -> str:
 
     Args:
         inspection: what to show.
+
+    Returns:
+        The HTML.
     """
     findings = "".join(f"<li>{escape(str(finding))}</li>" for finding in inspection.findings)
     return (
@@ -65,6 +71,9 @@ def as_rich(inspection: Inspection) -> Any:
 
     Args:
         inspection: what to show.
+
+    Returns:
+        What rich prints.
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Group

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from ..inference.weighing import Weighing
-from ..limits import Limits
 from ..norm import Norm
-from .training import require_one_process, set_limits
+from .training import LimitsAndWeight, require_one_process, set_limits
 
 _KEY = "renorm_example_weights"
 
 
-class RenormCallback(Callback):
+class RenormCallback(LimitsAndWeight, Callback):
     """Sets the limits when fit begins, and chooses the example weight when training ends.
 
     The limits are those of all layers that have some. Example weights, which a state dict does not hold, are kept in
@@ -37,14 +35,6 @@ class RenormCallback(Callback):
         >>> import renorm
         >>> callback = RenormCallback(partial(renorm.Limits.over, r_max=2.0), weigh=renorm.weigh)
     """
-
-    def __init__(
-        self,
-        limits: Callable[[int], Limits] | None = Limits.over,
-        weigh: Callable[[nn.Module, Iterable[Any]], Weighing] | None = None,
-    ) -> None:
-        self.limits, self.weigh = limits, weigh
-        self.weighing: Weighing | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the limits.

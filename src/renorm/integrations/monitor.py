@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any, Self
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..grouping import Grouping
-from ..inference.passes import tracking_layers
-from ..inspection.measure import arguments
+from ..inference.passes import arguments, tracking_layers
+from ..inspection.measure import quantiles
 from ..moments import Moments
 from ..norm import Norm
 from ..occasions import Frozen
@@ -20,7 +21,6 @@ from ..recomputation import is_backward
 
 _KEPT = 64  # measurements of a layer, if nobody asks
 _QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95}
-_INFINITE = float("inf")
 
 
 class Monitor:
@@ -122,11 +122,10 @@ class _Watch:
         r, d, *shares = measured[:, measured[0].isfinite()]
         if not len(r):
             return {}
-        found = {}
+        found: dict[str, float] = {}
         for name, values in (("r", r), ("d", d)):
-            ordered = values.sort().values  # torch.quantile takes no more than 16 million
-            for key, q in _QUANTILES.items():
-                found[f"{name}_{key}"] = float(ordered[round(q * (len(ordered) - 1))])
+            at = quantiles(values, *_QUANTILES.values())
+            found |= {f"{name}_{key}": value for key, value in zip(_QUANTILES, at, strict=True)}
         clipped_r, clipped_d, squared_gap = (float(share.mean()) for share in shares)
         return found | {"clipped_r": clipped_r, "clipped_d": clipped_d, "gap": squared_gap**0.5}
 
@@ -147,7 +146,7 @@ def _measure(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor | None:
     groups = [pool(moments, grouping.channels_per_group) for moments in _moments(x, mask, grouping)]
     group = Moments(*(torch.cat([t.expand_as(g.mean) for t, g in zip(ts, groups, strict=True)])
                       for ts in zip(*groups, strict=True)))  # fmt: skip
-    running = Running(layer.running_mean, layer.running_var, _INFINITE, _INFINITE)
+    running = Running(layer.running_mean, layer.running_var, math.inf, math.inf)
     wanted = correct(group, running, grouping.channels_per_group, layer.eps)
     limits = layer.limits if is_ours else None
     r_max, d_max = (1.0, 0.0) if limits is None else limits(layer.num_batches_tracked, wanted.r.dtype)

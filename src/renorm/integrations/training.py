@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
+from ..inference.weighing import Weighing
 from ..limits import Limits
 from ..norm import Norm
+
+
+class LimitsAndWeight:
+    """What a callback does: limits when a training begins, the example weight when it ends.
+
+    Args:
+        limits: from the number of training batches to limits; None to leave them.
+        weigh: from model and validation data to example weights, as `renorm.weigh`; None for not.
+
+    Attributes:
+        weighing: what `weigh` returned; None before.
+    """
+
+    def __init__(
+        self,
+        limits: Callable[[int], Limits] | None = Limits.over,
+        weigh: Callable[[nn.Module, Iterable[Any]], Weighing] | None = None,
+    ) -> None:
+        self.limits, self.weigh = limits, weigh
+        self.weighing: Weighing | None = None
 
 
 def set_limits(model: nn.Module, limits: Callable[[int], Limits], batches: float) -> None:

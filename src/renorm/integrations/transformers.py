@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..inference.weighing import Weighing
-from ..limits import Limits
-from .training import require_one_process, set_limits
+from .training import LimitsAndWeight, require_one_process, set_limits
 
 
-class RenormCallback(TrainerCallback):
+class RenormCallback(LimitsAndWeight, TrainerCallback):
     """Sets the limits when training begins, and chooses the example weight when it ends.
 
     The limits are those of all layers that have some. With `load_best_model_at_end` it is the best model that is
@@ -31,14 +28,6 @@ class RenormCallback(TrainerCallback):
         >>> import renorm
         >>> callback = RenormCallback(weigh=renorm.weigh)
     """
-
-    def __init__(
-        self,
-        limits: Callable[[int], Limits] | None = Limits.over,
-        weigh: Callable[[nn.Module, Iterable[Any]], Weighing] | None = None,
-    ) -> None:
-        self.limits, self.weigh = limits, weigh
-        self.weighing: Weighing | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,6 +47,18 @@ class RenormCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Choose the example weight."""
-        if self.weigh is not None:
-            self.weighing = self.weigh(kwargs["model"], kwargs["eval_dataloader"])
+        """Choose the example weight.
+
+        Warns:
+            UserWarning: no evaluation ran, so there is no dataloader to choose it on.
+        """
+        if self.weigh is None:
+            return
+        if kwargs["eval_dataloader"] is None:
+            warnings.warn(
+                "weigh needs the dataloader of an evaluation, and none ran in this training: example weights are as "
+                "they were; call renorm.weigh(model, loader), or evaluate earlier (eval_steps, eval_delay)",
+                stacklevel=2,
+            )
+            return
+        self.weighing = self.weigh(kwargs["model"], kwargs["eval_dataloader"])

@@ -47,7 +47,10 @@ def decay_toward_one(optimizer: AnyOptimizer) -> AnyOptimizer:
         tensor([2.9000, 2.9000])
     """
     if not _marked(optimizer):
-        raise ValueError("optimizer must have a group that decays toward 1, as param_groups(..., toward=1) makes them")
+        raise ValueError(
+            "optimizer must have a group that decays toward 1, as param_groups(..., toward=1) makes one where it finds "
+            "a gamma to decay: with norm='all', or norm='auto' for a model that can be traced"
+        )
     if _ATTRIBUTE in vars(optimizer):
         return optimizer
     offset = _Offset(optimizer)

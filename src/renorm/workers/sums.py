@@ -37,7 +37,7 @@ class _Row(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: Tensor  # type: ignore[assignment]  # as in Moments
+    elements: Tensor
     most: Tensor  # elements of its largest group
     left_out: Tensor  # batches that are not finite
 
