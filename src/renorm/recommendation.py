@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from textwrap import fill
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ _ENOUGH = 16  # independent examples that share statistics, with which nothing g
 _PAIR = 2
 _SHORT = 10_000  # steps; the measured trainings had 1,000 to 3,000, the papers' 130,000
 _NUM_GROUPS = 8
+_WIDTH = 76  # of printed lines
 _LEFT = 3.0  # e^-3, or 5%, of the initial statistics are left when the correction starts
 
 
@@ -35,7 +37,7 @@ class Evidence:
 
     def __str__(self) -> str:
         figures = ", ".join(f"{method} {accuracy:.1f}%" for method, accuracy in self.accuracies.items())
-        return f"{self.file}, {self.setting}: {figures}"
+        return f"{self.file}, {self.setting}:\n  {figures}"
 
 
 FINETUNING = Evidence(
@@ -92,14 +94,16 @@ class Recommendation:
         return model if self.layer is None else convert(model, self.layer, **self.options)
 
     def __str__(self) -> str:
-        lines = ["keep nn.BatchNorm"] if self.layer is None else [self._conversion(self.layer)]
+        lines = [self._conversion(), *fill(self.why, _WIDTH).splitlines()]
         if self.weigh:
-            lines.append("renorm.weigh(model, validation)  # once it is trained")
-        return "\n".join([*lines, self.why, *(f"- {evidence}" for evidence in self.evidence)])
+            lines.insert(1, "renorm.weigh(model, validation)  # once it is trained")
+        return "\n".join([*lines, *(f"- {evidence}" for evidence in self.evidence)])
 
-    def _conversion(self, layer: type[Norm]) -> str:
-        options = "".join(f", {name}={_code(value)}" for name, value in self.options.items())
-        return f"model = renorm.convert(model, renorm.{layer.__name__}{options})"
+    def _conversion(self) -> str:
+        if self.layer is None:
+            return "keep nn.BatchNorm"
+        options = "".join(f"\n    {name}={_code(value)}," for name, value in self.options.items())
+        return f"model = renorm.convert(\n    model, renorm.{self.layer.__name__},{options}\n)"
 
 
 def recommend(
@@ -136,9 +140,14 @@ def recommend(
 
     Example:
         >>> print(recommend(batch_size=2, total_steps=5_000, pretrained=True))
-        model = renorm.convert(model, renorm.BatchRenorm, limits=renorm.Limits(r_max=3.0, d_max=5.0, start=0, ...))
-        Running statistics of the pretraining are good: ...
-        - examples/results/finetune.csv, batches of 2: batch renorm 23.7%, frozen 21.1%, batch norm 15.0%
+        model = renorm.convert(
+            model, renorm.BatchRenorm,
+            limits=renorm.Limits.constant(),
+        )
+        Running statistics of the pretraining are good: corrected towards them,
+        training begins as what it was.
+        - examples/results/finetune.csv, batches of 2:
+          batch renorm 23.7%, frozen 21.1%, batch norm 15.0%
     """
     for name, value in (("batch_size", batch_size), ("total_steps", total_steps)):
         if value < 1:
@@ -179,4 +188,8 @@ def _ramps(total_steps: int) -> dict[str, Any]:
 
 
 def _code(value: object) -> str:
-    return f"renorm.{value!r}" if isinstance(value, Limits) else repr(value)
+    if not isinstance(value, Limits):
+        return repr(value)
+    if value == Limits.constant():
+        return "renorm.Limits.constant()"
+    return "renorm.Limits(" + ", ".join(f"{name}={number:g}" for name, number in asdict(value).items()) + ")"

@@ -42,7 +42,7 @@ class LayerReport:
         clipped_r: share of r outside of [1 / r_max, r_max].
         clipped_d: share of d outside of [-d_max, d_max].
         between_within: mean square of the examples' means between groups over that within, summed over channels in
-            units of the running variance: about 1 where groups are i.i.d., the larger the more alike the examples of a group are.
+            units of the running variance: about 1 where groups are i.i.d., more the more alike a group's examples are.
         dead: channels whose output at evaluation has a standard deviation below 0.001.
         nearly_dead: others below 0.01.
         range_training: largest size of a value normalized by its group.
