@@ -664,3 +664,30 @@ def test_timm_s_norm_converted_copies_and_pickles(timm_layers: Any) -> None:
     x = torch.randn(5, 4, 3, 3)
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
     assert "ReLU" in repr(layer)
+
+
+@pytest.mark.parametrize(
+    ("to", "limits", "momentum"),
+    [
+        (renorm.BatchRenorm, renorm.Limits(), 0.01),
+        (renorm.BatchRenorm, renorm.Limits.over(2_600), 0.03),
+        (renorm.BatchRenorm, renorm.Limits.over(100), 0.1),
+        (renorm.BatchRenorm, renorm.Limits.constant(), 0.01),
+        (renorm.BatchNorm, renorm.Limits.over(2_600), 0.1),
+    ],
+)
+def test_momentum_that_is_not_given_suits_the_length_of_the_plain_phase(
+    to: type[renorm.Norm], limits: renorm.Limits, momentum: float
+):
+    model = renorm.convert(nn.Sequential(nn.BatchNorm2d(3)), to, limits=limits)
+    assert model[0].momentum == momentum
+    given = renorm.convert(nn.Sequential(nn.BatchNorm2d(3)), to, limits=limits, momentum=0.02)
+    assert given[0].momentum == 0.02
+
+
+@pytest.mark.parametrize("limits", [400, (3, 5), "over", renorm.Limits.constant])
+def test_limits_of_another_type_are_refused_and_the_model_is_as_it_was(limits: object):
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    with pytest.raises(TypeError, match=r"cannot convert '0': limits must be renorm.Limits, as Limits.over"):
+        renorm.convert(model, renorm.BatchRenorm, limits=limits)
+    assert type(model[0]) is nn.BatchNorm2d

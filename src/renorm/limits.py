@@ -16,6 +16,7 @@ _PAPER_STEPS = 130_000
 _PAPER_START = 5_000
 _PAPER_D_END = 25_000
 _PAPER_R_END = 40_000
+_SETTLED = 3.0  # times 1 / momentum: e^-3, or 5%, of the beginning is left
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,18 @@ class Limits:
             round(total_steps * step / _PAPER_STEPS) for step in (_PAPER_START, _PAPER_R_END, _PAPER_D_END)
         )
         return cls(r_max, d_max, start, r_end, d_end)
+
+    @property
+    def momentum(self) -> float:
+        """Weight of a new batch with which running statistics mean something when the ramps start.
+
+        It leaves 5% of what they began with, but is at least batch renorm's 0.01 and at most nn.BatchNorm's 0.1.
+
+        Example:
+            >>> Limits().momentum, Limits.over(2_600).momentum, Limits.over(400).momentum
+            (0.01, 0.03, 0.1)
+        """
+        return round(min(0.1, max(0.01, _SETTLED / max(1, self.start))), 3)
 
     def __call__(self, step: Tensor, dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
         """r_max and d_max at a step, without leaving the device.

@@ -56,7 +56,7 @@ class Norm(Tracked):
             statistics, "batch" for the statistics of the batch.
 
     Raises:
-        TypeError: a group's size is not an integer.
+        TypeError: a group's size is not an integer, or `limits` are no `Limits`.
         ValueError: an option is out of range, or needs running statistics that are not tracked.
 
     Example:
@@ -91,6 +91,11 @@ class Norm(Tracked):
         check_channels(num_features, channels_per_group)
         require_tracking(tracking)
         require_activation(act)
+        if not isinstance(limits, Limits | None):
+            raise TypeError(
+                "limits must be renorm.Limits, as Limits.over(total_steps) or Limits.constant(), or None, "
+                f"got {limits!r}"
+            )
         if limits is not None and not track_running_stats:
             raise ValueError("limits need running statistics to correct towards: track_running_stats must be True")
         self.num_features = num_features

@@ -18,7 +18,6 @@ _PAIR = 2
 _SHORT = 10_000  # steps; the measured trainings had 1,000 to 3,000, the papers' 130,000
 _NUM_GROUPS = 8
 _WIDTH = 76  # of printed lines
-_LEFT = 3.0  # e^-3, or 5%, of the initial statistics are left when the correction starts
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ def _few(total_steps: int, plain: bool) -> Recommendation:
 def _ramps(total_steps: int) -> dict[str, Any]:
     """Limits for the training, and a momentum with which running statistics mean something when they start."""
     limits = Limits.over(total_steps)
-    return {"limits": limits, "momentum": round(min(0.1, max(0.01, _LEFT / max(1, limits.start))), 3)}
+    return {"limits": limits, "momentum": limits.momentum}
 
 
 def _code(value: object) -> str:
