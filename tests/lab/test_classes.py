@@ -21,21 +21,21 @@ def labels_of(part) -> set[int]:
 
 
 def test_digits_are_split_by_class():
-    dataset = load_unseen("digits", Path())
+    dataset = load_unseen("digits", Path(), 32)
     assert (labels_of(dataset.train), dataset.num_classes) == (set(range(5)), 5)
     assert len(labels_of(dataset.validation)) == 2
     assert len(labels_of(dataset.test)) == 3
     assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 1_797
     images = [{image.numpy().tobytes() for image in part.images} for part in (dataset.train, dataset.validation)]
     assert not images[0] & images[1]
-    again = load_unseen("digits", Path())
+    again = load_unseen("digits", Path(), 32)
     assert torch.equal(again.test.images, dataset.test.images)
 
 
 def test_a_file_with_unseen_test_classes_stays_as_it_is(tmp_path: Path):
     data = arrays(classes=10)
     np.savez(tmp_path / "unseen.npz", **(data | {"y_test": data["y_test"] + 10}))
-    dataset = load_unseen(str(tmp_path / "unseen.npz"), Path())
+    dataset = load_unseen(str(tmp_path / "unseen.npz"), Path(), 32)
     assert dataset.num_classes == 8
     assert len(labels_of(dataset.validation)) == 2
     assert labels_of(dataset.test) == set(range(10, 20))
@@ -45,12 +45,12 @@ def test_a_file_with_unseen_test_classes_stays_as_it_is(tmp_path: Path):
 def test_what_cannot_be_split_by_class_is_refused(tmp_path: Path):
     np.savez(tmp_path / "few.npz", **arrays(classes=3))
     with pytest.raises(LabError, match=r"few\.npz: must have at least 4 classes to split them, has 3"):
-        load_unseen(str(tmp_path / "few.npz"), Path())
+        load_unseen(str(tmp_path / "few.npz"), Path(), 32)
     for source in (str(tmp_path), "cub2011"):
         with pytest.raises(LabError, match=f"{source}: classes of a folder of images cannot be split; .* omniglot"):
-            load_unseen(source, Path())
+            load_unseen(source, Path(), 32)
     with pytest.raises(LabError, match=r"no\.npz: there is no such file"):
-        load_unseen("no.npz", Path())
+        load_unseen("no.npz", Path(), 32)
 
 
 def test_classes_are_set_aside_for_pretraining():

@@ -51,6 +51,19 @@ def test_npz(npz: Path):
     assert len(dataset.validation) == 16
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (32, 48)])
+def test_larger_images_are_shrunk(shape: tuple[int, int], tmp_path: Path):
+    height, width = shape
+    ramp = np.broadcast_to(np.linspace(0, 255, height)[None, :, None, None], (80, height, width, 3)).astype(np.uint8)
+    images = arrays() | {"x_train": ramp, "x_test": ramp[::2]}
+    np.savez(tmp_path / "large.npz", **images)
+    dataset = load(tmp_path / "large.npz")
+    assert dataset.image_shape == (3, 16, 16)
+    rows = dataset.train.images[0, 0].float()
+    assert torch.allclose(rows[1:-1].mean(1), torch.linspace(0, 255, 32).view(16, 2).mean(1)[1:-1], atol=1.5)
+    assert rows.std(1).max() == 0  # across a row nothing changes
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

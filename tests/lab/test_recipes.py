@@ -26,7 +26,7 @@ from renorm.lab.runs import Run
 from .conftest import at_scale
 
 SLOW = ("decay", "allfour", "ablation", "negative")
-WITHOUT_GHOST = ("baseline", "ablation", "decay", "smallbatch", "allfour", "negative")
+WITHOUT_GHOST = ("baseline", "ablation", "combination", "decay", "smallbatch", "allfour", "negative")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RECIPES])
@@ -108,7 +108,7 @@ def test_decay_goes_nowhere_to_zero_to_one_and_auto_in_inception_and_resnet(imag
     assert len({run.weight_decay for run in runs}) == 1
 
 
-@pytest.mark.parametrize("name", ["smallbatch", "allfour"])
+@pytest.mark.parametrize("name", ["smallbatch", "allfour", "combination"])
 def test_every_batch_size_sees_as_many_examples(name: str, images: Dataset):
     runs = RECIPES[name](seeds=1).runs(images)
     assert len({run.steps * run.batch_size for run in runs}) == 1

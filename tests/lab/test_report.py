@@ -417,6 +417,22 @@ def test_tables_between_markers_follow_the_files(tmp_path: Path):
         renewed(text, tmp_path)
 
 
+def test_losses_are_to_the_best_method_of_each_regime_and_the_safest_comes_first(tmp_path: Path):
+    accuracies = {("batch norm", "i.i.d."): 0.5, ("batch norm", "few"): 0.2, ("batch renorm", "i.i.d."): 0.45,
+                  ("batch renorm", "few"): 0.4, ("group norm", "few"): 0.44}  # fmt: skip
+    rows = [row for (method, regime), value in accuracies.items()
+            for row in seeds([value - 0.01, value + 0.01], method=method, regime=regime)]  # fmt: skip
+    write_folder(tmp_path / "folder", rows)
+    text = renewed("<!-- losses folder -->\n<!-- end -->\n", tmp_path)
+    assert text.splitlines()[1:-1] == [
+        "| method | i.i.d. | few | mean | largest |", "| --- | ---: | ---: | ---: | ---: |",
+        "| batch renorm | 5.0 | 4.0 | 4.5 | 5.0 |", "| batch norm | 0.0 | 24.0 | 12.0 | 24.0 |",
+    ]  # fmt: skip
+    report([tmp_path / "folder"], tmp_path / "report")
+    for name in ("report.html", "report.md"):
+        assert "What each method loses" in (tmp_path / "report" / name).read_text()
+
+
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(ROOT / "results/microbatch-cifar100"), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").exists()

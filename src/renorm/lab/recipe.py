@@ -50,8 +50,8 @@ class Recipe(ABC):
             an .npz file with x_train, y_train, x_test and y_test (images uint8 of shape N, H, W, C); or a folder of
             images, train/CLASS/IMAGE and test/CLASS/IMAGE (or val), or just CLASS/IMAGE.
         data_root: folder of the data sets that have a name.
-        image_size: height and width in pixels to which images from a folder are resized and cropped; above 64 they
-            stay in their files, and are decoded as they are needed.
+        image_size: height and width in pixels to which images from a folder are resized and cropped, and larger images
+            of other data sets; those from a folder stay in their files above 64, and are decoded as they are needed.
         model: network: mlp (4 hidden layers of 128), resnet8, resnet20 and so on, plain8 (without shortcuts),
             resnet18 (64 to 512 channels), timm/NAME or torchvision/NAME; by default mlp for digits and resnet8 for
             everything else.

@@ -13,11 +13,12 @@ from .arrays import check_shapes
 from .dataset import Dataset, Part, array_parts, assemble
 from .load import read_arrays
 from .readers import TORCHVISION
+from .shrink import shrunk
 
 _TRAINING_SHARE, _VALIDATION_SHARE = 0.5, 0.2  # of classes
 
 
-def load_unseen(source: str, root: Path) -> Dataset:
+def load_unseen(source: str, root: Path, image_size: int) -> Dataset:
     """Read a data set for metric learning, where validation and test have classes that the training has not.
 
     Args:
@@ -25,6 +26,7 @@ def load_unseen(source: str, root: Path) -> Dataset:
             stays as it is, but for a fifth of the training classes for validation; otherwise half of the classes are
             for training, a fifth for validation, and the rest for testing.
         root: folder of torchvision's data sets.
+        image_size: height and width in pixels to which larger images are shrunk.
 
     Returns:
         The data set, with training labels from 0.
@@ -39,7 +41,7 @@ def load_unseen(source: str, root: Path) -> Dataset:
             f"one of {', '.join(TORCHVISION)}"
         )
     check_shapes(arrays, source)
-    train, test = array_parts(arrays)
+    train, test = array_parts(shrunk(arrays, image_size))
     classes, test_classes = train.labels.unique(), test.labels.unique()
     if not torch.isin(test_classes, classes).any():
         seen, validation = _cut(classes, 1 - _VALIDATION_SHARE, source)

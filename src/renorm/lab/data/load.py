@@ -10,6 +10,7 @@ from .dataset import Dataset, array_parts
 from .folder import read_folder
 from .named import NAMED
 from .readers import TORCHVISION, read_digits, read_npz, read_torchvision
+from .shrink import shrunk
 from .split import split_validation
 
 
@@ -19,7 +20,8 @@ def load_dataset(source: str, root: Path, image_size: int) -> Dataset:
     Args:
         source: "digits", the name of a data set, an .npz file or an image folder.
         root: folder of torchvision's data sets.
-        image_size: height and width in pixels of images from a folder.
+        image_size: height and width in pixels of images from a folder, and to which larger ones are shrunk that are
+            kept as arrays.
 
     Returns:
         The data set.
@@ -34,7 +36,7 @@ def load_dataset(source: str, root: Path, image_size: int) -> Dataset:
     if arrays is None:
         return read_folder(Path(source), image_size)
     check_arrays(arrays, source)
-    return split_validation(*array_parts(arrays), source)
+    return split_validation(*array_parts(shrunk(arrays, image_size)), source)
 
 
 def read_arrays(source: str, root: Path) -> Arrays | None:

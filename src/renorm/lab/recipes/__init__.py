@@ -6,6 +6,7 @@ from ..recipe import Recipe
 from .ablation import Ablation
 from .allfour import AllFour
 from .baseline import Baseline
+from .combination import Combination
 from .decay import WeightDecay
 from .finetune import Finetune
 from .ghost import Ghost
@@ -30,6 +31,7 @@ RECIPES: dict[str, type[Recipe]] = {
         WeightDecay,
         SmallBatch,
         AllFour,
+        Combination,
         Finetune,
         Range,
         Ablation,

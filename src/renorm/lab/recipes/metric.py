@@ -50,7 +50,7 @@ class Metric(Recipe):
     group_size: PositiveInt = 2
 
     def load(self) -> Dataset:
-        return load_unseen(self.data, self.data_root)
+        return load_unseen(self.data, self.data_root, self.image_size)
 
     def runs(self, dataset: Dataset) -> list[Run]:
         if max(self.examples_per_class, default=1) > self.batch_size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jsonargparse.typing import PositiveInt
 
@@ -59,13 +59,13 @@ class SmallBatch(Recipe):
         label: str,
         size: int,
         seed: int,
-        **changes: object,
+        **changes: Any,
     ) -> Run:
         """A run with a batch size, on as many examples as with another."""
         ratio = size / self.reference_size
         return self.make_run(
-            dataset, method, group, label=label, regime=f"batch size {size}", batch_size=size, seed=seed,
-            steps=max(1, round(self.steps / ratio)), lr=self.lr * ratio, **changes,
+            dataset, method, group, label=label, batch_size=size, seed=seed,
+            steps=max(1, round(self.steps / ratio)), lr=self.lr * ratio, **({"regime": f"batch size {size}"} | changes),
         )  # fmt: skip
 
     def _group(self, method: MethodName, size: int) -> int | None:

@@ -1,7 +1,8 @@
 """Tables between markers in a Markdown page, from committed results: `python -m renorm.lab.report.documents PAGE`.
 
-A page's `<!-- table FOLDER -->` ... `<!-- end -->` holds the table of that folder, its `<!-- claims FOLDER... -->` the
-papers' claims with what the folders say about them. Folders lie in `results/` beside the page's own folder.
+A page's `<!-- table FOLDER -->` ... `<!-- end -->` holds the table of that folder, its `<!-- losses FOLDER -->` what
+each method loses to the best, its `<!-- claims FOLDER... -->` the papers' claims with what the folders say about them.
+Folders lie in `results/` beside the page's own folder.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from ..store import replace_text
 from ..summary import markdown_lines, summarize
 from .compare import compare
 from .folders import read_folder
-from .tables import claim_table
+from .losses import loss_table
+from .tables import TextTable, claim_table
 
 _BLOCK = re.compile(
-    r"(?P<start><!-- (?P<kind>table|claims) (?P<names>[^>]+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+    r"(?P<start><!-- (?P<kind>table|losses|claims) (?P<names>[^>]+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
 )
 
 
@@ -40,9 +42,10 @@ def renewed(page: str, results: Path) -> str:
 
 def _table(block: re.Match[str], results: Path) -> str:
     folders = [read_folder(results / name) for name in block["names"].split()]
-    if block["kind"] == "table":
+    if block["kind"] != "claims":
         summary = summarize(folders[0].results)
-        return markdown_lines(summary.header, summary.rows)
+        table = loss_table(summary) if block["kind"] == "losses" else TextTable(summary.header, summary.rows)
+        return markdown_lines(table.header, table.rows)
     claims = claim_table([comparison for folder in folders for comparison in compare(folder)])
     return markdown_lines(claims.header, claims.rows, numbers=False)
 

@@ -18,6 +18,7 @@ from ..summary import markdown_lines, summarize
 from .claims import CLAIMS
 from .compare import LEVEL, Beside, beside, compare
 from .folders import Folder, read_folder
+from .losses import loss_table
 from .pictures import Picture, pictures
 from .tables import NEAR, TextTable, beside_table, claim_table, comparison_table, disagreements, measure_table, tally
 
@@ -34,6 +35,7 @@ class Section:
         settings: options and versions, as text.
         table: means and standard deviations.
         caption: what the numbers of the table are.
+        losses: what each method loses to the best of a column; no rows where there is nothing to compare.
         measures: what else was measured; no rows where nothing was.
         beside: the papers' numbers beside ours; no rows where there are none.
         elsewhere: how the setting differs from each paper's.
@@ -48,6 +50,7 @@ class Section:
     settings: Mapping[str, str]
     table: TextTable
     caption: str
+    losses: TextTable
     measures: TextTable
     beside: TextTable
     elsewhere: list[str]
@@ -124,6 +127,7 @@ def _section(folder: Folder, out: Path) -> Section:
         settings={name: str(value) for name, value in {**folder.settings, **folder.versions}.items()},
         table=TextTable(summary.header, summary.rows),
         caption=summary.caption,
+        losses=loss_table(summary),
         measures=measure_table(folder.results),
         beside=beside_table(pairs),
         elsewhere=_elsewhere(pairs),
