@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .conversion.options import check_options
 from .conversion.plain import obstacle, plain
 from .conversion.report import ConversionReport, PassedOver, Replacement
 from .conversion.targets import Where, is_candidate, replacement, selector, target_class
@@ -19,8 +20,6 @@ from .surgery import refuse_wrapped, replace_modules
 from .workers.running import Pool
 
 __all__ = ["ConversionReport", "convert", "to_batchnorm"]
-
-_FIXED_OPTIONS = ("num_features", "affine", "bias", "track_running_stats", "device", "dtype")
 
 
 def _log(report: ConversionReport) -> None:
@@ -65,7 +64,7 @@ def convert(
         The model; a new layer if the model itself was one.
 
     Raises:
-        TypeError: `to` is no layer class of renorm.
+        TypeError: `to` is no layer class of renorm, or does not have an option, or needs one.
         ValueError: an option does not suit a layer, which is named; the model is wrapped; `steps=0` meets a
             cumulative average, which counts with the step.
 
@@ -144,9 +143,7 @@ def _check_arguments(model: nn.Module, to: type[Norm], steps: object, options: d
         raise TypeError(f"to must be a layer class of renorm, as renorm.BatchRenorm, got {to!r}")
     if steps not in ("keep", 0):
         raise ValueError(f"steps must be 'keep' or 0, got {steps!r}")
-    for option in _FIXED_OPTIONS:
-        if option in options:
-            raise ValueError(f"{option} comes from the replaced layer and cannot be given, got {options[option]!r}")
+    check_options(to, options)
     refuse_wrapped(model)
 
 

@@ -49,6 +49,8 @@ def test_of_healthy_layers_it_says_that_nothing_is_to_be_gained(modes: list[Mode
         ({"clipped_d": 0.12}, "clipped", ["clip 0.0% of r and 12.0% of d", "wider limits"]),
         ({"range_evaluation": 50.0}, "range_evaluation", ["reach 50.0", "22.6", "m = 512", "renorm.weigh"]),
         ({"dead": 3, "nearly_dead": 2}, "dead", ["3 of 64 channels are dead", "2 nearly", "pruned"]),
+        ({"elements": 2.0}, "elements", ["2 elements have hardly any statistics", "renorm.BatchGroupNorm"]),
+        ({"elements": 1.0, "r": (0.003,) * 3, "clipped_r": 1.0}, "elements", ["one element has hardly any statistics"]),
     ],
 )
 def test_each_trouble_is_named_with_layer_number_and_remedy(
@@ -59,6 +61,18 @@ def test_each_trouble_is_named_with_layer_number_and_remedy(
     assert (finding.layer, finding.measure) == ("layer4.bn", measure)
     assert str(finding).startswith("layer4.bn: ")
     assert all(words in str(finding) for words in said), str(finding)
+
+
+def test_gamma_that_begins_at_0_does_not_make_an_untrained_layers_channels_dead() -> None:
+    findings = find([replace(HEALTHY, steps=0, dead=64)], [])
+    assert [finding.measure for finding in findings] == ["steps"]
+
+
+def test_few_elements_are_told_of_the_layer_with_fewest() -> None:
+    layers = [replace(HEALTHY, name=f"bn{m:.0f}", elements=m) for m in (3.0, 2.0, 4.0)]
+    (finding,) = find(layers, [])
+    assert (finding.layer, finding.value) == ("bn2", 2)
+    assert "and 1 of 3 layers more" in str(finding)
 
 
 def test_one_finding_tells_of_the_worst_layer_and_counts_the_others() -> None:
@@ -73,7 +87,7 @@ def test_one_finding_tells_of_the_worst_layer_and_counts_the_others() -> None:
     ("report", "said"),
     [
         (mode((0.21, 0.19, 0.23)), ["evaluation loses 21.0 points of accuracy", "19.0 to 23.0", "try renorm.weigh"]),
-        (mode((-0.21, -0.23, -0.19)), ["training mode loses 21.0 points", "renorm.convert(model, renorm.BatchRenorm)"]),
+        (mode((-0.21, -0.23, -0.19)), ["training mode loses 21.0 points", "see renorm.recommend(batch_size="]),
         (mode((0.01, -0.01, 0.03)), ["do not differ for sure"]),
         (mode((0.001, 0.0005, 0.002)), ["do not differ for sure"]),
         (mode((0.4, 0.3, 0.5), "cross_entropy"), ["evaluation loses 0.4 of cross-entropy", "try renorm.weigh"]),

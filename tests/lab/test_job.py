@@ -260,6 +260,7 @@ def die(run, index):
         ({"classes_per_batch": 11}, "classes_per_batch must be at most 10"),
         ({"examples_per_class": 200}, "examples_per_class=200"),
         ({"methods": ()}, "at least one element"),
+        ({"methods": ("batch_norm", "batch_norm")}, "nothing twice, got twice: batch norm, i.i.d., seed 0"),
         ({"device": "nothing"}, "device nothing cannot be used"),
     ],
 )

@@ -15,6 +15,7 @@ from ..layers import BatchGroupNorm, BatchNorm, BatchRenorm, GhostBatchNorm
 from ..norm import Norm
 from ..surgery import carry_over
 from ..workers.group import Workers
+from .options import require_options
 
 _FAMILIES = (BatchNorm, BatchRenorm, GhostBatchNorm, BatchGroupNorm)
 DIMENSIONS: dict[type[nn.Module], str] = {
@@ -101,7 +102,7 @@ def replacement(name: str, old: Any, target: type[Norm], steps: Literal["keep", 
         The new layer.
 
     Raises:
-        TypeError: the target does not have an option.
+        TypeError: an option that the target needs is missing.
         ValueError: an option does not suit the layer.
     """
     inherited: dict[str, Any] = {"eps": old.eps, "affine": False}
@@ -113,6 +114,7 @@ def replacement(name: str, old: Any, target: type[Norm], steps: Literal["keep", 
         inherited |= {"drop": old.drop, "act": old.act}
     state = (*old.parameters(recurse=False), *old.buffers(recurse=False))
     try:
+        require_options(target, inherited | options)
         new = target(**(inherited | options), device=state[0].device if state else None)
     except (TypeError, ValueError) as error:
         raise type(error)(f"cannot convert {name or 'the root'!r}: {error}") from error

@@ -64,8 +64,8 @@ class Weighing:
         return not self.gain.low > 0
 
     def __str__(self) -> str:
-        rows = [f"{p.alpha:6.3f}  {p.score.mean:9.4f}  [{p.score.low:.4f}, {p.score.high:.4f}]" for p in self.curve]
-        return "\n".join([f" alpha  {self.metric}, {self.curve[0].examples} examples", *rows, self._verdict()])
+        rows = [f"{p.alpha:14.3f}  {p.score.mean:9.4f}  [{p.score.low:.4f}, {p.score.high:.4f}]" for p in self.curve]
+        return "\n".join([f"example_weight  {self.metric}, {self.curve[0].examples} examples", *rows, self._verdict()])
 
     def _verdict(self) -> str:
         gain = f"gains {self.gain.mean:.4f} (95%: {self.gain.low:.4f} to {self.gain.high:.4f})"

@@ -10,6 +10,7 @@ from ..inference.scores import Interval
 from .report import Finding, LayerReport, ModeReport
 
 _LEAST_GAP = {"accuracy": 0.005}  # from where on one is worth a sentence
+_ENOUGH_ELEMENTS = 4  # with which batch norm learned digits as well as with more; with 2 it did not
 _NOTHING = (
     "running statistics describe the batches, and no batch depends on what it is made of: nothing much is to be gained "
     "at evaluation"
@@ -56,8 +57,8 @@ def _gap(mode: ModeReport) -> Finding:
     if gap.high < 0 and -gap.mean >= _LEAST_GAP.get(mode.metric, 0):
         text = (
             f"training mode loses {size} against evaluation on the same batches {interval}: a batch's statistics are "
-            "noisier than the running ones; for further training on such batches "
-            "renorm.convert(model, renorm.BatchRenorm)"
+            "noisier than the running ones; for further training on such batches see renorm.recommend(batch_size=..., "
+            "total_steps=...)"
         )
         return Finding(None, f"gap, {mode.metric}", gap.mean, text)
     text = f"evaluation and training mode do not differ for sure: {_amount(mode.metric, gap.mean)} apart {interval}"
@@ -84,9 +85,10 @@ def _amount(metric: str, value: float, unit: str | None = None) -> str:
 
 def _of_layers(layers: Sequence[LayerReport]) -> Iterable[Finding | None]:
     reached = [layer for layer in layers if layer.batches]
-    sound = [layer for layer in reached if _is_finite(layer)]
-    yield _worst(reached, _NOT_FINITE)
+    sound = [layer for layer in reached if _is_finite(layer) and layer.elements > 1]
+    yield _worst([layer for layer in reached if layer.elements > 1], _NOT_FINITE)
     yield _worst(layers, _NOT_REACHED)
+    yield _fewest(reached)
     for check in _CHECKS:
         yield _worst(sound, check)
 
@@ -176,11 +178,26 @@ _CHECKS = (
         "were not trained on; try renorm.weigh(model, validation)",
     ),
     _Check(
-        "dead", lambda layer: layer.dead / layer.channels, 1e-9,
+        "dead", lambda layer: layer.dead / layer.channels if layer.steps != 0 else 0.0, 1e-9,  # gamma may begin with 0
         lambda layer: f"{layer.dead} of {layer.channels} channels are dead (their output has a standard deviation "
         f"below 0.001) and {layer.nearly_dead} nearly (below 0.01): they can be pruned",
     ),
 )  # fmt: skip
+
+
+def _fewest(layers: Sequence[LayerReport]) -> Finding | None:
+    """Groups of so few elements that they have hardly any statistics, where they are smallest."""
+    few = [layer for layer in layers if layer.elements < _ENOUGH_ELEMENTS]
+    if not few:
+        return None
+    least = min(few, key=lambda layer: layer.elements)
+    number = "one element has" if least.elements == 1 else f"{least.elements:.0f} elements have"
+    others = f" (and {len(few) - 1} of {len(layers)} layers more)" if len(few) > 1 else ""
+    text = (
+        f"{least.name or '(root)'}: {number} hardly any statistics: more examples, or several channels together, "
+        f"renorm.convert(model, renorm.BatchGroupNorm, num_groups=...), before a further training{others}"
+    )
+    return Finding(least.name, "elements", least.elements, text)
 
 
 def _worst(layers: Sequence[LayerReport], check: _Check) -> Finding | None:

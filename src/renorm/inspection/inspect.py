@@ -50,8 +50,8 @@ def inspect(
         Reports of layers and modes, and findings; print it, `plot` it, write it `to_csv`.
 
     Raises:
-        ValueError: the model has no layer with running statistics, or the loader no batch; a metric is unknown, or
-            does not suit outputs and targets.
+        ValueError: the model has no layer with running statistics, or the loader no batch, or one of a single element
+            for nn.BatchNorm; a metric is unknown, or does not suit outputs and targets.
 
     Source:
         Ioffe 2017, section 4.3: training-mode evaluation as the test for the trouble. Summers & Dinneen 2020, appendix

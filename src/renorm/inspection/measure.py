@@ -55,6 +55,11 @@ class Measurement:
         x, mask = arguments(inputs, named)
         if x.numel() == 0:
             return
+        if x.numel() == x.shape[1] and not isinstance(layer, Norm):
+            raise ValueError(
+                f"loader has a batch of one element per channel at layer {self.name or '(root)'}, which nn.BatchNorm "
+                "cannot normalize in training: give batches as the model was trained on, with drop_last=True"
+            )
         k, target = self._channels_per_group, self._running()
         examples = _examples(x, mask)
         for part in _parts(examples, self._grouping):

@@ -78,10 +78,9 @@ def _run_missing(recipe: Recipe, runs: list[Run], results: Results, dataset: Dat
 
 
 def _check(runs: list[Run], dataset: Dataset, recipe: Recipe) -> None:
-    if not runs or len({run.key for run in runs}) < len(runs):
-        raise LabError("options that are lists (as --methods) must have at least one element, and none of them twice")
-    if len({file_stem(run) for run in runs}) < len(runs):
-        raise LabError("names of methods and regimes must differ in more than punctuation, since files are named so")
+    if not runs:
+        raise LabError("options that are lists (as --methods) must have at least one element")
+    _check_distinct(runs)
     check_logger(recipe)
     try:
         torch.empty(0, device=recipe.device)
@@ -95,6 +94,17 @@ def _check(runs: list[Run], dataset: Dataset, recipe: Recipe) -> None:
                 make_network(run, dataset)
         except ValueError as error:
             raise LabError(f"{dataset.source}: {run}: {error}") from None
+
+
+def _check_distinct(runs: list[Run]) -> None:
+    by_stem: dict[str, Run] = {}
+    for run in runs:
+        other = by_stem.setdefault(file_stem(run), run)
+        if other is run:
+            continue
+        if other.key == run.key:
+            raise LabError(f"an option that is a list (as --methods) must name nothing twice, got twice: {run}")
+        raise LabError(f"names must differ in more than punctuation, since files are named so, got {other}; {run}")
 
 
 def _in_order(results: Results, runs: list[Run]) -> Results:
