@@ -449,6 +449,8 @@ def test_options_that_come_from_the_replaced_layer_are_refused(option: str) -> N
         ({"tracking": "no"}, ValueError, "cannot convert '1': tracking must be one of"),
         ({"no_such_option": 1}, TypeError, "^BatchRenorm has no option 'no_such_option'; it has eps, momentum, limits"),
         ({"limit": 1}, TypeError, r"BatchRenorm has no option 'limit' \(did you mean limits\?\)"),
+        ({"total_steps": 9}, TypeError, r"did you mean limits=renorm.Limits.over\(total_steps\)\?"),
+        ({"rmax": 2}, TypeError, r"did you mean limits=renorm.Limits\(r_max=...\)\?"),
         ({"step": 0}, TypeError, r"BatchRenorm has no option 'step' \(did you mean steps\?\)"),
     ],
 )

@@ -56,10 +56,13 @@ def test_figures_are_those_of_the_files(evidence: Evidence):
         ({"batch_size": 64, "pretrained": True}, None, True),
         ({"batch_size": 64, "plain": True}, None, False),
         ({"batch_size": 64, "dependent": True}, renorm.BatchRenorm, False),
+        ({"batch_size": 64, "dependent": True, "total_steps": 2_000}, None, True),
+        ({"batch_size": 64, "dependent": True, "total_steps": 2_000, "plain": True}, None, False),
+        ({"batch_size": 2, "dependent": True, "total_steps": 2_000}, renorm.BatchRenorm, False),
         ({"batch_size": 64, "dependent": True, "pretrained": True}, renorm.BatchRenorm, False),
         ({"batch_size": 8}, renorm.BatchRenorm, False),
         ({"batch_size": 8, "total_steps": 2_000}, None, True),
-        ({"batch_size": 8, "total_steps": 2_000, "plain": True}, renorm.BatchRenorm, False),
+        ({"batch_size": 8, "total_steps": 2_000, "plain": True}, None, False),
         ({"batch_size": 4, "total_steps": 2_000, "pretrained": True}, renorm.BatchRenorm, False),
         ({"batch_size": 2}, renorm.BatchRenorm, False),
         ({"batch_size": 2, "positions": False}, renorm.BatchGroupNorm, False),
@@ -100,7 +103,7 @@ def test_what_must_be_plain_can_be(batch_size: int, dependent: bool, positions: 
 
 @pytest.mark.parametrize("total_steps", [10, 1_000, 8_000, 130_000])
 def test_little_of_the_initial_statistics_is_left_when_the_correction_starts(total_steps: int):
-    options = recommend(batch_size=64, total_steps=total_steps, dependent=True).options
+    options = recommend(batch_size=2, total_steps=total_steps).options
     limits, momentum = options["limits"], options["momentum"]
     assert 0.01 <= momentum <= 0.1
     if momentum < 0.1:  # a training too short for that has the momentum of nn.BatchNorm
@@ -120,3 +123,9 @@ def test_numbers_below_one_are_refused():
         recommend(batch_size=0, total_steps=1)
     with pytest.raises(ValueError, match="total_steps must be at least 1, got 0"):
         recommend(batch_size=1, total_steps=0)
+
+
+@pytest.mark.parametrize("question", ["dependent", "pretrained", "positions", "plain"])
+def test_answers_are_yes_or_no(question: str):
+    with pytest.raises(TypeError, match=f"{question} must be True or False, got 'no'"):
+        recommend(batch_size=4, total_steps=100, **{question: "no"})

@@ -43,10 +43,10 @@ def test_of_healthy_layers_it_says_that_nothing_is_to_be_gained(modes: list[Mode
         ({"plain_until": 5_000}, "plain_until", ["until step 5000", "at 1000 now", "Limits.over"]),
         ({"shift": 0.8}, "shift", ["0.80 standard deviations", "renorm.estimate"]),
         ({"scale": 0.5}, "scale", ["0.50 of the running one", "renorm.estimate"]),
-        ({"between_within": 12.3}, "between_within", ["12.3 times", "renorm.BatchRenorm"]),
+        ({"between_within": 12.3}, "between_within", ["12.3 times", "dependent=True"]),
         ({"d_size": (0.5, 1.7)}, "d_size_95", ["up to 1.70", "renorm.weigh"]),
         ({"r": (0.4, 1.0, 1.2)}, "r", ["0.40 to 1.20", "renorm.weigh"]),
-        ({"clipped_d": 0.12}, "clipped", ["clip 0.0% of r and 12.0% of d", "wider limits"]),
+        ({"clipped_d": 0.12, "corrected": True}, "clipped", ["clip 0.0% of r and 12.0% of d", "wider limits"]),
         ({"range_evaluation": 50.0}, "range_evaluation", ["reach 50.0", "22.6", "m = 512", "renorm.weigh"]),
         ({"dead": 3, "nearly_dead": 2}, "dead", ["3 of 64 channels are dead", "2 nearly", "pruned"]),
         ({"elements": 2.0}, "elements", ["2 elements have hardly any statistics", "renorm.BatchGroupNorm"]),
@@ -61,6 +61,36 @@ def test_each_trouble_is_named_with_layer_number_and_remedy(
     assert (finding.layer, finding.measure) == ("layer4.bn", measure)
     assert str(finding).startswith("layer4.bn: ")
     assert all(words in str(finding) for words in said), str(finding)
+
+
+@pytest.mark.parametrize("change", [{"d_size": (0.5, 1.7)}, {"r": (0.4, 1.0, 1.2)}, {"range_evaluation": 50.0}])
+def test_what_would_explain_a_loss_is_told_only_where_evaluation_loses(change: dict[str, Any]) -> None:
+    ill = replace(HEALTHY, **change)
+    losing, level, winning = (
+        find([ill], [mode(gap)]) for gap in ((0.21, 0.19, 0.23), (0.01, -0.01, 0.03), (-0.2, -0.3, -0.1))
+    )
+    assert [finding.layer for finding in losing] == [None, "layer1.bn"]
+    assert NOTHING in str(level[-1])
+    assert NOTHING in str(winning[-1])
+
+
+@pytest.mark.parametrize("change", [{"d_size": (0.5, 1.7)}, {"r": (0.4, 1.0, 1.2)}])
+def test_what_a_layer_corrects_is_no_trouble(change: dict[str, Any]) -> None:
+    (finding,) = find([replace(HEALTHY, corrected=True, **change)], [])
+    assert NOTHING in str(finding)
+    (dependent,) = find([replace(HEALTHY, corrected=True, between_within=9.0)], [])
+    assert str(dependent).endswith("batches are dependent; the layer corrects for it")
+
+
+def test_nobody_is_told_that_limits_clip_who_has_none() -> None:
+    (finding,) = find([replace(HEALTHY, clipped_r=0.5)], [])
+    assert NOTHING in str(finding)
+
+
+def test_a_loss_of_training_mode_that_shuffling_mends_is_laid_to_dependence() -> None:
+    report = mode((-0.21, -0.23, -0.19), composition=-0.2)
+    assert "examples that belong together shift their batch's statistics" in str(find([HEALTHY], [report])[0])
+    assert "dependent=True" in str(find([HEALTHY], [report])[0])
 
 
 def test_gamma_that_begins_at_0_does_not_make_an_untrained_layers_channels_dead() -> None:

@@ -73,8 +73,10 @@ def trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
 def test_limits_go_by_the_training_s_batches(tmp_path: Path, options: dict[str, Any], steps: int) -> None:
     model = Classifier()
     trainer(tmp_path, RenormCallback(), **options).fit(model, loader())
-    assert model.net[1].limits == renorm.Limits.over(steps)
+    limits = renorm.Limits.over(steps)
+    assert model.net[1].limits == limits
     assert model.net[1].num_batches_tracked == steps
+    assert model.net[1].momentum == (max(0.01, limits.momentum) if limits.start else 0.01)
 
 
 def test_limits_of_one_s_own_and_none(tmp_path: Path) -> None:
@@ -115,6 +117,23 @@ def test_what_cannot_be_done_is_said_before_the_training(tmp_path: Path) -> None
         trainer(tmp_path, RenormCallback(), max_epochs=1).fit(Classifier(), DataLoader(Unsized(), 8))
     with pytest.raises(ValueError, match="weigh needs a validation dataloader"):
         trainer(tmp_path, RenormCallback(weigh=renorm.weigh)).fit(Classifier(), loader())
+
+
+def test_weigh_without_a_forward_to_call_is_refused_before_the_training(tmp_path: Path) -> None:
+    class Steps(Classifier):
+        forward = LightningModule.forward
+
+        def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+            return cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch: list[Tensor], _: int) -> None:
+            self.net(batch[0])
+
+    with pytest.raises(ValueError, match="weigh calls the module's forward, which Steps does not define"):
+        trainer(tmp_path, RenormCallback(weigh=renorm.weigh)).fit(Steps(), loader(), loader())
+    callback = RenormCallback(weigh=partial(renorm.weigh, forward=lambda model, batch: model.net(batch[0])))
+    trainer(tmp_path, callback).fit(Steps(), loader(), loader())
+    assert callback.weighing is not None
 
 
 def test_lightning_averages_the_statistics_with_the_weights(tmp_path: Path) -> None:

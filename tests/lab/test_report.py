@@ -37,7 +37,8 @@ from .conftest import at_scale
 ROOT = Path(__file__).parent.parent.parent
 COMMITTED = (
     "noniid-digits", "noniid-digits-lr0.02", "microbatch-digits", "noniid-cifar100", "microbatch-cifar100",
-    "noniid-classes-cifar100", "smallbatch-cifar100", "weigh-cifar100",
+    "noniid-classes-cifar100", "smallbatch-cifar100", "weigh-cifar100", "ghost-cifar100", "decay-cifar100",
+    "metric-omniglot",
 )  # fmt: skip
 
 RUN = {

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
+from ..limits import Limits
 from ..norm import Norm
 
 _FROM_REPLACED = ("num_features", "affine", "bias", "track_running_stats", "device", "dtype")
@@ -31,9 +33,18 @@ def check_options(to: type[Norm], options: dict[str, Any]) -> None:
     known = [name for name in _parameters(to) if name not in _FROM_REPLACED]
     for option in options:
         if option not in known:
-            close = get_close_matches(option, [*known, *_OWN], 1)
-            meant = f" (did you mean {close[0]}?)" if close else ""
-            raise TypeError(f"{to.__name__} has no option {option!r}{meant}; it has {', '.join(known)}")
+            meant = _meant(option, [*known, *_OWN])
+            hint = f" (did you mean {meant}?)" if meant else ""
+            raise TypeError(f"{to.__name__} has no option {option!r}{hint}; it has {', '.join(known)}")
+
+
+def _meant(option: str, known: Sequence[str]) -> str | None:
+    if option == "total_steps":
+        return "limits=renorm.Limits.over(total_steps)"
+    of_limits = get_close_matches(option, [field.name for field in fields(Limits)], 1)
+    if of_limits:
+        return f"limits=renorm.Limits({of_limits[0]}=...)"
+    return next(iter(get_close_matches(option, known, 1)), None)
 
 
 def require_options(target: type[Norm], given: Iterable[str]) -> None:

@@ -27,7 +27,9 @@ def find(layers: Sequence[LayerReport], modes: Sequence[ModeReport]) -> tuple[Fi
     Returns:
         The findings: of the model, then of its layers.
     """
-    of_modes, of_layers = _of_modes(modes), [finding for finding in _of_layers(layers) if finding is not None]
+    evaluation_loses = not modes or any(_is_sure(mode.gap, mode.metric) for mode in modes)
+    of_modes = _of_modes(modes)
+    of_layers = [finding for finding in _of_layers(layers, evaluation_loses) if finding is not None]
     if of_layers or any(_is_sure(mode.gap, mode.metric) or not math.isfinite(mode.gap.mean) for mode in modes):
         return (*of_modes, *of_layers)
     return (*of_modes, Finding(None, "none", 0.0, _NOTHING))
@@ -55,10 +57,12 @@ def _gap(mode: ModeReport) -> Finding:
         )
         return Finding(None, f"gap, {mode.metric}", gap.mean, text)
     if gap.high < 0 and -gap.mean >= _LEAST_GAP.get(mode.metric, 0):
+        why, question = "a batch's statistics are noisier than the running ones", ""
+        if mode.composition is not None and mode.composition.high < 0:
+            why, question = "examples that belong together shift their batch's statistics", ", dependent=True"
         text = (
-            f"training mode loses {size} against evaluation on the same batches {interval}: a batch's statistics are "
-            "noisier than the running ones; for further training on such batches see renorm.recommend(batch_size=..., "
-            "total_steps=...)"
+            f"training mode loses {size} against evaluation on the same batches {interval}: {why}; for further "
+            f"training on such batches see renorm.recommend(batch_size=..., total_steps=...{question})"
         )
         return Finding(None, f"gap, {mode.metric}", gap.mean, text)
     text = f"evaluation and training mode do not differ for sure: {_amount(mode.metric, gap.mean)} apart {interval}"
@@ -83,13 +87,13 @@ def _amount(metric: str, value: float, unit: str | None = None) -> str:
     return f"{value:.4g}" + (f" of {metric.replace('_', '-')}" if unit is None else unit)
 
 
-def _of_layers(layers: Sequence[LayerReport]) -> Iterable[Finding | None]:
+def _of_layers(layers: Sequence[LayerReport], evaluation_loses: bool) -> Iterable[Finding | None]:
     reached = [layer for layer in layers if layer.batches]
     sound = [layer for layer in reached if _is_finite(layer) and layer.elements > 1]
     yield _worst([layer for layer in reached if layer.elements > 1], _NOT_FINITE)
     yield _worst(layers, _NOT_REACHED)
     yield _fewest(reached)
-    for check in _CHECKS:
+    for check in (*_OF_STATISTICS, *(_OF_LOSSES if evaluation_loses else ()), _CLIPPED, _DEAD):
         yield _worst(sound, check)
 
 
@@ -122,8 +126,8 @@ class _Check(NamedTuple):
 
 _OTHER_STATISTICS = "the statistics are of other data or other weights; try renorm.estimate(model, loader)"
 _TWO_COMPUTATIONS = (
-    "training and evaluation compute different things; train with renorm.BatchRenorm, or try "
-    "renorm.weigh(model, validation)"
+    "training and evaluation compute different things; try renorm.weigh(model, validation), and before a further "
+    "training see renorm.recommend"
 )
 _NOT_FINITE = _Check(
     "finite", lambda layer: float(not _is_finite(layer)), 0.5,
@@ -132,7 +136,7 @@ _NOT_FINITE = _Check(
 _NOT_REACHED = _Check(
     "batches", lambda layer: float(layer.batches == 0), 0.5, lambda layer: "no batch reached it"
 )  # fmt: skip
-_CHECKS = (
+_OF_STATISTICS = (
     _Check(
         "steps", lambda layer: float(layer.steps == 0), 0.5,
         lambda layer: "its running statistics have never been moved; try renorm.estimate(model, loader)",
@@ -154,22 +158,21 @@ _CHECKS = (
     _Check(
         "between_within", lambda layer: layer.between_within, 2.0,
         lambda layer: f"means of batches vary {layer.between_within:.1f} times as much as those of independent "
-        "examples would (mean squares between over within): batches are dependent; train with renorm.BatchRenorm",
+        "examples would (mean squares between over within): batches are dependent; "
+        + ("the layer corrects for it" if layer.corrected else "see renorm.recommend(..., dependent=True)"),
     ),
+)  # fmt: skip
+# They say why evaluation loses; where it does not, the network gets along with them.
+_OF_LOSSES = (
     _Check(
-        "d_size_95", lambda layer: layer.d_size[1], 1.0,
+        "d_size_95", lambda layer: 0.0 if layer.corrected else layer.d_size[1], 1.0,
         lambda layer: f"means of batches lie up to {layer.d_size[1]:.2f} running standard deviations from the running "
         "mean (95% of |d|): " + _TWO_COMPUTATIONS,
     ),
     _Check(
-        "r", lambda layer: max(layer.r[2], _factor(layer.r[0])), 2.0,
+        "r", lambda layer: 0.0 if layer.corrected else max(layer.r[2], _factor(layer.r[0])), 2.0,
         lambda layer: f"standard deviations of batches are {layer.r[0]:.2f} to {layer.r[2]:.2f} of the running one "
         "(5 to 95% of r): " + _TWO_COMPUTATIONS,
-    ),
-    _Check(
-        "clipped", lambda layer: max(layer.clipped_r, layer.clipped_d), 0.05,
-        lambda layer: f"limits of {layer.r_max:g} and {layer.d_max:g} clip {layer.clipped_r:.1%} of r and "
-        f"{layer.clipped_d:.1%} of d: wider limits, or larger or more mixed batches",
     ),
     _Check(
         "range_evaluation", lambda layer: layer.range_evaluation / layer.bound if layer.bound else 0.0, 1.0,
@@ -177,11 +180,16 @@ _CHECKS = (
         f"{layer.bound:.1f} in training (sqrt(m - 1) for m = {layer.bound**2 + 1:.0f}): later layers see what they "
         "were not trained on; try renorm.weigh(model, validation)",
     ),
-    _Check(
-        "dead", lambda layer: layer.dead / layer.channels if layer.steps != 0 else 0.0, 1e-9,  # gamma may begin with 0
-        lambda layer: f"{layer.dead} of {layer.channels} channels are dead (their output has a standard deviation "
-        f"below 0.001) and {layer.nearly_dead} nearly (below 0.01): they can be pruned",
-    ),
+)  # fmt: skip
+_CLIPPED = _Check(
+    "clipped", lambda layer: max(layer.clipped_r, layer.clipped_d) if layer.corrected else 0.0, 0.05,
+    lambda layer: f"limits of {layer.r_max:g} and {layer.d_max:g} clip {layer.clipped_r:.1%} of r and "
+    f"{layer.clipped_d:.1%} of d: wider limits, or larger or more mixed batches",
+)  # fmt: skip
+_DEAD = _Check(
+    "dead", lambda layer: layer.dead / layer.channels if layer.steps != 0 else 0.0, 1e-9,  # gamma may begin with 0
+    lambda layer: f"{layer.dead} of {layer.channels} channels are dead (their output has a standard deviation "
+    f"below 0.001) and {layer.nearly_dead} nearly (below 0.01): once the training is over they can be pruned",
 )  # fmt: skip
 
 

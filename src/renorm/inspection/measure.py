@@ -183,13 +183,13 @@ def _reach(examples: _Examples, mean: Tensor, sigma: Tensor) -> float:
     return max(0.0, float(reach.max()))
 
 
-def _limits(limits: Limits | None, steps: int) -> tuple[float, float, int | None]:
-    """What clips r and d (the layer's own limits where they are at work, or else the paper's), and from when on."""
+def _limits(limits: Limits | None, steps: int) -> tuple[float, float, int | None, bool]:
+    """What clips r and d (limits at work, or else the paper's), until when there are none, whether there are now."""
     if limits is None:
-        return Limits().r_max, Limits().d_max, None
+        return Limits().r_max, Limits().d_max, None, False
     if steps < limits.start:
-        return Limits().r_max, Limits().d_max, limits.start
-    return *limits.at(steps), None
+        return Limits().r_max, Limits().d_max, limits.start, False
+    return *limits.at(steps), None, True
 
 
 def quantiles(values: Tensor, *at: float) -> tuple[float, ...]:

@@ -31,6 +31,7 @@ class LayerReport:
         r_max: that r's clipping is told for: of the layer at its step, or the paper's 3.
         d_max: that d's clipping is told for: of the layer at its step, or the paper's 5.
         plain_until: step before which the layer's limits keep it to plain batch norm, if that is now.
+        corrected: whether limits are at work, so that training and evaluation differ by what is clipped alone.
         batches: statistics groups seen.
         elements: of a group, the median.
         r: 5, 50 and 95% quantiles over groups and channels.
@@ -60,6 +61,7 @@ class LayerReport:
     r_max: float
     d_max: float
     plain_until: int | None = None
+    corrected: bool = False
     batches: int = 0
     elements: float = math.nan
     r: tuple[float, ...] = (math.nan,) * 3

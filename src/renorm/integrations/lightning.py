@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from ..inference.weigh import weigh
 from ..norm import Norm
 from .training import LimitsAndWeight, require_one_process, set_limits
 
@@ -22,7 +23,8 @@ class RenormCallback(LimitsAndWeight, Callback):
     Lightning's own: put `EMAWeightAveraging` before this callback, and the average is what is weighed.
 
     Args:
-        limits: from the number of training batches, micro-batches included, to limits; None to leave them.
+        limits: from the number of training batches, micro-batches included, to limits; None to leave them. With ramps
+            the momentum becomes at least `limits.momentum`, as by `renorm.convert`.
         weigh: from the model and the first validation dataloader to example weights, as `renorm.weigh`, which passes
             over all of it; with options by `functools.partial`. None for not. The model's forward must take the input
             of a batch.
@@ -50,6 +52,15 @@ class RenormCallback(LimitsAndWeight, Callback):
             require_one_process(trainer.world_size)
             if not trainer.enable_validation:
                 raise ValueError("weigh needs a validation dataloader and a validation_step: give both, or weigh=None")
+            if self._calls_forward() and type(pl_module).forward is LightningModule.forward:
+                raise ValueError(
+                    f"weigh calls the module's forward, which {type(pl_module).__name__} does not define: define it, "
+                    "give partial(renorm.weigh, forward=...) a function of module and batch, or weigh=None"
+                )
+
+    def _calls_forward(self) -> bool:
+        """Whether it is `renorm.weigh` without a forward of the user's."""
+        return getattr(self.weigh, "func", self.weigh) is weigh and "forward" not in getattr(self.weigh, "keywords", {})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the example weight."""

@@ -16,7 +16,8 @@ class LimitsAndWeight:
     """What a callback does: limits when a training begins, the example weight when it ends.
 
     Args:
-        limits: from the number of training batches to limits; None to leave them.
+        limits: from the number of training batches to limits; None to leave them. With ramps the momentum becomes at
+            least `limits.momentum`, as by `renorm.convert`.
         weigh: from model and validation data to example weights, as `renorm.weigh`; None for not.
 
     Attributes:
@@ -33,7 +34,7 @@ class LimitsAndWeight:
 
 
 def set_limits(model: nn.Module, limits: Callable[[int], Limits], batches: float) -> None:
-    """Set the limits of all layers that have some, for a training of a given length.
+    """Set the limits of all layers that have some, for a training of a given length, and the momentum that suits them.
 
     Args:
         model: with layers of renorm.
@@ -52,6 +53,8 @@ def set_limits(model: nn.Module, limits: Callable[[int], Limits], batches: float
     chosen = limits(int(batches))
     for layer in layers:
         layer.limits = chosen
+        if layer.momentum is not None and chosen.start > 0:
+            layer.momentum = max(layer.momentum, chosen.momentum)
 
 
 def require_one_process(processes: int) -> None:

@@ -17,7 +17,8 @@ class RenormCallback(LimitsAndWeight, TrainerCallback):
     weighed. A state dict, so also a saved model, does not hold example weights: `weighing.alphas` has them by layer.
 
     Args:
-        limits: from the number of training batches, micro-batches included, to limits; None to leave them.
+        limits: from the number of training batches, micro-batches included, to limits; None to leave them. With ramps
+            the momentum becomes at least `limits.momentum`, as by `renorm.convert`.
         weigh: from the model and the dataloader of the last evaluation to example weights, as `renorm.weigh`, which
             passes over all of it; with options by `functools.partial`. None for not. Needs an `eval_strategy`.
 
