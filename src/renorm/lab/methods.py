@@ -13,8 +13,9 @@ from .runs import Run
 from .variants import VARIANTS
 
 MethodName = Literal[
-    "batch_norm", "batch_renorm", "ghost_batch_norm", "batch_group_norm", "batch_group_renorm", "group_norm"
-]
+    "batch_norm", "batch_renorm", "batch_renorm_close", "ghost_batch_norm", "batch_group_norm", "batch_group_renorm",
+    "group_norm",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Method:
         limits: whether batch renorm's correction applies.
         channels_per_group: channels that share statistics.
         example_weight: alpha of its ordinary evaluation.
+        r_max: limit of r once the ramp is over.
+        d_max: limit of d once the ramp is over.
     """
 
     label: str
@@ -34,11 +37,14 @@ class Method:
     limits: bool = False
     channels_per_group: int = 1
     example_weight: float = 0.0
+    r_max: float = 3.0
+    d_max: float = 5.0
 
 
 METHODS: dict[MethodName, Method] = {
     "batch_norm": Method("batch norm", "var"),
     "batch_renorm": Method("batch renorm", "std", limits=True),
+    "batch_renorm_close": Method("batch renorm, r to 1.5, d to 0.5", "std", limits=True, r_max=1.5, d_max=0.5),
     "ghost_batch_norm": Method("ghost batch norm", "total"),
     "batch_group_norm": Method("batch-group norm", "total", channels_per_group=8),
     "batch_group_renorm": Method("batch-group norm + limits", "total", limits=True, channels_per_group=8),
@@ -58,7 +64,7 @@ def rows(method: MethodName, ghost_sizes: Iterable[int], group_size: int) -> lis
         Label and examples that share statistics of each row; None for what the method itself says.
     """
     label = METHODS[method].label
-    if method in ("batch_norm", "batch_renorm", "group_norm"):
+    if method in ("batch_norm", "batch_renorm", "batch_renorm_close", "group_norm"):
         return [(label, None)]
     sizes = ghost_sizes if method == "ghost_batch_norm" else (group_size,)
     return [(f"{label}, n = {size}", size) for size in sizes]

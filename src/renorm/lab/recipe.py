@@ -189,6 +189,8 @@ class Recipe(ABC):
             "method": label or setting.label,
             "tracking": setting.tracking,
             "limits": setting.limits,
+            "r_max": setting.r_max,
+            "d_max": setting.d_max,
             "example_weight": setting.example_weight,
             "examples_per_group": examples_per_group,
             "channels_per_group": setting.channels_per_group,

@@ -10,7 +10,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from ..data import Dataset
 from ..methods import METHODS, MethodName
 from ..recipe import SMALL, SUMMERS, TINY, Scales
-from ..runs import Run
+from ..runs import Decay, Run
 from .smallbatch import SmallBatch
 
 
@@ -19,8 +19,8 @@ class AllFour(SmallBatch):
     """Compare the methods with all four improvements together: grouping by batch size, decay, and weighing.
 
     All four are ghost batch norm from 4 examples on, batch-group norm at 2 and group norm at 1, with gamma and beta
-    decayed, as the column "on" says. Alone, the methods do not decay gamma and beta. A further row adds batch renorm's
-    correction to batch-group norm at every size.
+    decayed, as the column "on" says. Alone, the methods do not decay gamma and beta. Two further rows are not the
+    paper's: batch-group norm with batch renorm's correction, and batch renorm within closer limits.
 
     Args:
         ghost_size: most examples that share statistics in ghost batch norm; a batch has two groups at least.
@@ -43,10 +43,11 @@ class AllFour(SmallBatch):
     weight_decay: PositiveFloat = 5e-4
 
     def runs(self, dataset: Dataset) -> list[Run]:
-        lines: list[tuple[str, MethodName | None, str]] = [
+        lines: list[tuple[str, MethodName | None, Decay]] = [
             *((METHODS[method].label, method, "none") for method in self.methods),
             ("all four", None, "all"),
             ("batch-group norm + limits, decay", "batch_group_renorm", "all"),
+            (METHODS["batch_renorm_close"].label, "batch_renorm_close", "none"),
         ]
         return [
             self.sized_run(dataset, method, group, label, size, seed, norm_decay=decay)
