@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ablation": INCEPTION | PAIRS | {"num_changes": 1},
     "negative": {"image_size": 16, "batch_size": 8, "variants": ("random groups",)},
     "metric": {"batch_size": 16, "examples_per_class": (2,), "methods": ("batch_renorm",)},
+    "combination": {"image_size": 16, "batch_sizes": (8,), "reference_size": 8, "methods": ("batch_norm",)} | PAIRS,
 }  # fmt: skip
 
 
