@@ -62,7 +62,7 @@ def draw_bars(summary: Summary, regimes: Sequence[str], title: str) -> Figure:
         The figure.
     """
     figure, panels = _panels(regimes, title, height=1.6 + 0.55 * len(summary.methods))
-    places = np.arange(len(summary.methods))
+    places, end = np.arange(len(summary.methods)), _end_of_axis(summary)
     for regime, axes in zip(regimes, panels, strict=True):
         for cells, offset, colour, label in (
             (summary.off, -0.2, "#56B4E9", "off"),
@@ -74,9 +74,9 @@ def draw_bars(summary: Summary, regimes: Sequence[str], title: str) -> Figure:
             axes.barh(at, means, 0.38, xerr=[cell.deviation for _, cell in finished], color=colour, label=label,
                       error_kw={"capsize": 2, "linewidth": 1})  # fmt: skip
             for place, mean in zip(at, means, strict=True):
-                axes.text(1, place, f"{mean:.1f}", va="center", fontsize=8, zorder=5,
+                axes.text(end / 100, place, f"{mean:.1f}", va="center", fontsize=8, zorder=5,
                           bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.5})  # fmt: skip
-        axes.set(title=regime, xlabel=f"test {summary.score} in %", xlim=(0, 102))
+        axes.set(title=regime, xlabel=f"test {summary.score} in %", xlim=(0, end))
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
     panels[0].set_yticks(places, _wrapped(summary.methods, len(panels)))
@@ -84,6 +84,12 @@ def draw_bars(summary: Summary, regimes: Sequence[str], title: str) -> Figure:
     spread = "" if summary.seeds == "1 seed" else f"; bars: mean of {summary.seeds}, whiskers: standard deviation"
     _add_legend(figure, f"example weighing{spread}")
     return figure
+
+
+def _end_of_axis(summary: Summary) -> float:
+    """The same for all panels of a table: a bit more than its longest bar with its whisker."""
+    cells = (*summary.off.values(), *summary.on.values())
+    return min(102.0, max(1.0, *(1.1 * (cell.mean + cell.deviation) for cell in cells)))
 
 
 def draw_curves(results: Results, summary: Summary, regimes: Sequence[str], title: str) -> Figure:

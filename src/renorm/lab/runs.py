@@ -8,7 +8,7 @@ from typing import Literal
 from renorm.samplers import Order
 
 Decay = Literal["all", "none", "auto", "one"]
-Precision = Literal["32-true", "bf16-mixed"]
+Precision = Literal["64-true", "32-true", "bf16-mixed"]
 
 
 @dataclass(frozen=True, kw_only=True)

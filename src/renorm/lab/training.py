@@ -51,6 +51,8 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, progress: Callable[[int], 
     Raises:
         LabError: ranks cannot share the minibatches, or a file cannot be written.
     """
+    if run.precision == "64-true":
+        dataset = dataset.double()
     training = Training(run, dataset, recipe)
     training.finish(progress)
     model = training.trained
@@ -77,7 +79,7 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, progress: Callable[[int], 
 def _alone(model: nn.Module, run: Run, dataset: Dataset) -> nn.Module:
     """A trained network without what its layers have in common with those of other ranks."""
     with torch.random.fork_rng(devices=[]):  # what is measured draws the numbers that it draws in one process
-        alone = make_network(replace(run, pretrained=False), dataset).to(dataset.mean.device)
+        alone = make_network(replace(run, pretrained=False), dataset).to(dataset.mean)  # its device and dtype
     alone.load_state_dict(model.state_dict())
     return alone
 
@@ -98,7 +100,7 @@ class Training:
         self._share = ranks.share_of(run, ranks.number())
         torch.manual_seed(run.seed)
         random.seed(run.seed)
-        self.model = make_network(self._share.layers_of(run), dataset).to(self._fabric.device)
+        self.model = make_network(self._share.layers_of(run), dataset).to(dataset.mean)  # its device and dtype
         if self._fabric.device.type == "cuda":
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self._share.synchronize(self.model)

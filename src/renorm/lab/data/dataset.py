@@ -113,9 +113,13 @@ class Dataset:
             images: (N, C, H, W), uint8.
 
         Returns:
-            The same in float32, every channel with mean 0 and standard deviation 1 over the training part.
+            The same in the dtype of `mean`, every channel with mean 0 and standard deviation 1 over the training part.
         """
-        return (images.float() - self.mean) / self.std
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+    def double(self) -> Dataset:
+        """The data set for networks in float64."""
+        return replace(self, mean=self.mean.double(), std=self.std.double())
 
     def to(self, device: str) -> Dataset:
         """The data set on a device."""
