@@ -144,5 +144,5 @@ def _workers(rows: list[Row]) -> Iterator[Bar]:
     two, one = select(rows, processes=2), select(rows, processes=1)
     merged = ratios(two, c.MERGED, c.BATCH_NORM)
     yield _mean_bar(f"ResNet-18 CIFAR, 2 workers, {c.MERGED} / nn.BatchNorm2d under DDP", 1.03, merged)
-    for block in (c.ACCUMULATE, c.FREEZE):
+    for block in (c.ACCUMULATE, c.FREEZE, c.MONITOR):
         yield _mean_bar(f"ResNet-18 CIFAR, in {block} / in no block", None, ratios(one, block, c.NO_BLOCK))

@@ -32,6 +32,7 @@ from csvfiles import Row, read_rows, write_machine, write_rows
 from harness import Budget, Step, interleave
 from machine import describe
 from networks import NETWORKS, QUICK_NETWORKS, Network
+from renorm.integrations.monitor import monitor
 
 (_NETWORK,) = (network for network in NETWORKS if network.name == "ResNet-18 CIFAR")
 _ROUNDS = 30
@@ -49,6 +50,7 @@ _BLOCKS: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
     c.NO_BLOCK: lambda model: nullcontext(),
     c.ACCUMULATE: renorm.accumulate,
     c.FREEZE: renorm.freeze,
+    c.MONITOR: partial(monitor, every=1),
 }
 
 

@@ -8,14 +8,15 @@ from renorm.lab.plots import draw_bars
 from renorm.lab.summary import Cell, Summary
 
 
-@pytest.mark.parametrize(("accuracies", "end"), [((10.0, 14.0, 12.0), 1.1 * 14), ((96.0, 99.0, 98.0), 102), ((), 1)])
+@pytest.mark.parametrize(
+    ("accuracies", "end"), [((10.0, 14.0, 12.0), 1.1 * 14), ((96.0, 99.0, 98.0), 102), ((0.0,), 1)]
+)
 def test_bars_fill_their_panels_which_have_one_scale(accuracies: tuple[float, ...], end: float):
-    methods = [str(accuracy) for accuracy in accuracies] or ["nothing learned"]
-    cells = {(method, "n = 4"): Cell((accuracy,)) for method, accuracy in zip(methods, accuracies or (0.0,))}
-    summary = Summary(methods, ["n = 4", "n = 2"], cells, cells)
+    cells = {(f"method with {accuracy}", "n = 4"): Cell((accuracy,)) for accuracy in accuracies}
+    summary = Summary([method for method, _ in cells], ["n = 4", "n = 2"], cells, cells)
     panels = draw_bars(summary, summary.regimes, "a table").axes[:2]
     assert [axes.get_xlim() for axes in panels] == [pytest.approx((0, end))] * 2
-    assert [bar.get_width() for bar in panels[0].patches] == 2 * list(accuracies or (0.0,))
+    assert [bar.get_width() for bar in panels[0].patches] == 2 * list(accuracies)
 
 
 def test_whiskers_end_within_the_panel():

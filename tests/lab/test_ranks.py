@@ -107,7 +107,7 @@ def test_ranks_give_the_result_of_one_process(
     expected = weights(alone.folder)
     assert len(expected) == 2 * len(together.group_sizes)
     torch.testing.assert_close(weights(together.folder), expected, rtol=1e-9, atol=1e-10)
-    assert losses(together.folder) == pytest.approx(losses(alone.folder), rel=1e-9)
+    assert losses(together.folder) == pytest.approx(losses(alone.folder), rel=1e-6)  # of float32 logits
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from renorm.lab.errors import LabError
 from renorm.lab.models import mlp
 from renorm.lab.ranks import make_fabric
 from renorm.lab.recipes.noniid import NonIid
+from renorm.lab.runs import Precision
 from renorm.lab.training import backward
 
 from .test_job import rows
@@ -68,10 +69,11 @@ def test_same_command_gives_the_same_results(short: NonIid, tmp_path: Path):
     assert (short.folder / "curves.csv").read_text() == (again.folder / "curves.csv").read_text()
 
 
-def test_half_precision_learns_too(short: NonIid):
-    job.carry_out(replace(short, precision="bf16-mixed", methods=("batch_norm",)), "")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_other_precisions_learn_too(short: NonIid, precision: Precision):
+    job.carry_out(replace(short, precision=precision, methods=("batch_norm",)), "")
     table = rows(short.folder)
-    assert [row["precision"] for row in table] == ["bf16-mixed"] * 2
+    assert [row["precision"] for row in table] == [precision] * 2
     assert float(table[0]["test_accuracy_off"]) > 0.5
 
 

@@ -40,7 +40,7 @@ def prepare(model: nn.Module, run: Run, dataset: Dataset, keep_going: Callable[[
         batch_size=min(_BATCH_SIZE, len(dataset.pretraining)), weight_decay=0.0, lr=0.05,
     )  # fmt: skip
     other = replace(dataset, train=dataset.pretraining, pretraining=None)
-    source = make_network(first, other).to(dataset.mean.device)
+    source = make_network(first, other).to(dataset.mean)  # its device and dtype
     _train(source, first, other, keep_going)
     own = model.state_dict()
     taken = {name: value for name, value in source.state_dict().items() if value.shape == own[name].shape}

@@ -15,7 +15,11 @@ from .smallbatch import SmallBatch
 
 # What else the rows of a method differ in; "2 x 4" is 2 examples x 4 channels that share statistics.
 _ROWS: dict[MethodName, dict[str, dict[str, Any]]] = {
-    "batch_renorm": {"": {}, ", tracking total": {"tracking": "total"}},
+    "batch_renorm": {
+        "": {},
+        ", r to 1.5, d to 0.5": {"r_max": 1.5, "d_max": 0.5},
+        ", tracking total": {"tracking": "total"},
+    },
     "batch_group_norm": {", 2 x 2": {"channels_per_group": 2}, ", 2 x 4": {"channels_per_group": 4}},
     "batch_group_renorm": {", 2 x 2": {"channels_per_group": 2}, ", 2 x 4": {"channels_per_group": 4}},
 }
@@ -47,7 +51,7 @@ class Combination(SmallBatch):
     }  # fmt: skip
 
     methods: tuple[MethodName, ...] = (
-        "batch_norm", "batch_renorm", "batch_renorm_close", "batch_group_norm", "batch_group_renorm", "group_norm"
+        "batch_norm", "batch_renorm", "batch_group_norm", "batch_group_renorm", "group_norm"
     )  # fmt: skip
     batch_sizes: tuple[PositiveInt, ...] = (64, 8, 2)
     classes_per_batch: PositiveInt = 4
