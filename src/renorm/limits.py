@@ -113,12 +113,13 @@ class Limits:
         """Weight of a new batch with which running statistics mean something when the ramps start.
 
         It leaves 5% of what they began with, but is at least batch renorm's 0.01 and at most nn.BatchNorm's 0.1.
+        Limits that hold from the first step are for running statistics that are good already: 0.01.
 
         Example:
-            >>> Limits().momentum, Limits.over(2_600).momentum, Limits.over(400).momentum
-            (0.01, 0.03, 0.1)
+            >>> Limits().momentum, Limits.over(2_600).momentum, Limits.over(400).momentum, Limits.constant().momentum
+            (0.01, 0.03, 0.1, 0.01)
         """
-        return round(min(0.1, max(0.01, _SETTLED / max(1, self.start))), 3)
+        return 0.01 if self.start == 0 else round(min(0.1, max(0.01, _SETTLED / self.start)), 3)
 
     def __call__(self, step: Tensor, dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
         """r_max and d_max at a step, without leaving the device.

@@ -64,22 +64,45 @@ def test_each_trouble_is_named_with_layer_number_and_remedy(
 
 
 @pytest.mark.parametrize("change", [{"d_size": (0.5, 1.7)}, {"r": (0.4, 1.0, 1.2)}, {"range_evaluation": 50.0}])
-def test_what_would_explain_a_loss_is_told_only_where_evaluation_loses(change: dict[str, Any]) -> None:
-    ill = replace(HEALTHY, **change)
-    losing, level, winning = (
-        find([ill], [mode(gap)]) for gap in ((0.21, 0.19, 0.23), (0.01, -0.01, 0.03), (-0.2, -0.3, -0.1))
-    )
-    assert [finding.layer for finding in losing] == [None, "layer1.bn"]
-    assert NOTHING in str(level[-1])
-    assert NOTHING in str(winning[-1])
+@pytest.mark.parametrize(
+    ("gap", "told"),
+    [
+        ((0.21, 0.19, 0.23), True),
+        ((0.2, -0.01, 0.41), True),  # so few data that they rule out nothing
+        ((math.nan,) * 3, True),
+        ((0.001, -0.01, 0.012), False),
+        ((-0.2, -0.3, -0.1), False),
+    ],
+)
+def test_what_would_explain_a_loss_is_told_where_evaluation_may_lose(
+    change: dict[str, Any], gap: tuple[float, float, float], told: bool
+) -> None:
+    findings = find([replace(HEALTHY, **change)], [mode(gap)])
+    assert (findings[-1].layer == "layer1.bn") == told
+    assert told or "evaluation loses nothing by it" in str(findings[-1])
+    assert not any(NOTHING in str(finding) for finding in findings)
 
 
-@pytest.mark.parametrize("change", [{"d_size": (0.5, 1.7)}, {"r": (0.4, 1.0, 1.2)}])
+@pytest.mark.parametrize("change", [{"d_size": (0.5, 5.9)}, {"r": (0.2, 1.0, 1.2)}])
 def test_what_a_layer_corrects_is_no_trouble(change: dict[str, Any]) -> None:
     (finding,) = find([replace(HEALTHY, corrected=True, **change)], [])
     assert NOTHING in str(finding)
     (dependent,) = find([replace(HEALTHY, corrected=True, between_within=9.0)], [])
-    assert str(dependent).endswith("batches are dependent; the layer corrects for it")
+    assert str(dependent).endswith("batches are dependent; the layer corrects for it within limits of 3 and 5")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"d_size": (0.5, 5.0)}, "up to 5.00 running standard deviations from the running mean (95% of |d|), and the "
+         "layer corrects no more than 0.5"),
+        ({"r": (0.2, 1.0, 1.2)}, "(5 to 95% of r), and the layer corrects no more than 1.5"),
+    ],
+)  # fmt: skip
+def test_what_limits_leave_uncorrected_is_trouble(change: dict[str, Any], said: str) -> None:
+    (finding,) = find([replace(HEALTHY, corrected=True, r_max=1.5, d_max=0.5, **change)], [])
+    assert said in str(finding)
+    assert "renorm.weigh" in str(finding)
 
 
 def test_nobody_is_told_that_limits_clip_who_has_none() -> None:
@@ -88,14 +111,29 @@ def test_nobody_is_told_that_limits_clip_who_has_none() -> None:
 
 
 def test_a_loss_of_training_mode_that_shuffling_mends_is_laid_to_dependence() -> None:
-    report = mode((-0.21, -0.23, -0.19), composition=-0.2)
-    assert "examples that belong together shift their batch's statistics" in str(find([HEALTHY], [report])[0])
-    assert "dependent=True" in str(find([HEALTHY], [report])[0])
+    (finding,) = find([HEALTHY], [mode((-0.21, -0.23, -0.19), composition=-0.2)])
+    assert "examples that belong together shift their batch's statistics" in str(finding)
+    assert "dependent=True" in str(finding)
 
 
 def test_gamma_that_begins_at_0_does_not_make_an_untrained_layers_channels_dead() -> None:
     findings = find([replace(HEALTHY, steps=0, dead=64)], [])
     assert [finding.measure for finding in findings] == ["steps"]
+
+
+@pytest.mark.parametrize(
+    ("change", "measures"),
+    [
+        ({"r": (math.nan,) * 3}, ["finite", "elements"]),
+        ({"steps": 0}, ["elements", "steps"]),
+        ({"shift": 2.0}, ["elements", "shift"]),
+        ({"between_within": 9.0}, ["elements", "between_within"]),
+        ({"scale": 0.003, "d_size": (1.0, 9.0)}, ["elements"]),
+    ],
+)
+def test_batches_of_one_element_hide_no_other_trouble(change: dict[str, Any], measures: list[str]) -> None:
+    findings = find([replace(HEALTHY, elements=1.0, **change)], [])
+    assert [finding.measure for finding in findings] == measures
 
 
 def test_few_elements_are_told_of_the_layer_with_fewest() -> None:

@@ -359,6 +359,15 @@ def test_plain_phases_of_limits_are_told() -> None:
     assert any("is plain batch norm until step 5000, and at 1 now" in str(finding) for finding in found.findings)
 
 
+def test_limits_are_at_work_from_the_step_after_their_start() -> None:
+    layer = renorm.BatchRenorm1d(3, limits=renorm.Limits.over(1_000))
+    found = []
+    for steps in (38, 39):
+        layer.num_batches_tracked.fill_(steps)
+        found.append(renorm.inspect(nn.Sequential(layer), torch.randn(8, 3).split(4)).layers[0])
+    assert [(report.plain_until, report.corrected) for report in found] == [(38, False), (None, True)]
+
+
 @pytest.mark.parametrize(
     ("model", "loader", "options", "message"),
     [

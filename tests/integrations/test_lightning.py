@@ -76,7 +76,16 @@ def test_limits_go_by_the_training_s_batches(tmp_path: Path, options: dict[str, 
     limits = renorm.Limits.over(steps)
     assert model.net[1].limits == limits
     assert model.net[1].num_batches_tracked == steps
-    assert model.net[1].momentum == (max(0.01, limits.momentum) if limits.start else 0.01)
+    assert model.net[1].momentum == limits.momentum
+
+
+def test_a_momentum_goes_with_the_limits_unless_it_was_chosen(tmp_path: Path) -> None:
+    model, chosen = Classifier(), Classifier(renorm.BatchRenorm1d(8, momentum=0.02))
+    for steps, momentum in ((130, 0.1), (130_000, 0.01)):  # the second fit forgets the first
+        of_length = RenormCallback(lambda batches, steps=steps: renorm.Limits.over(steps))
+        for either in (model, chosen):
+            trainer(tmp_path, of_length, max_steps=1).fit(either, loader())
+        assert (model.net[1].momentum, chosen.net[1].momentum) == (momentum, 0.02)
 
 
 def test_limits_of_one_s_own_and_none(tmp_path: Path) -> None:
@@ -115,8 +124,10 @@ def test_what_cannot_be_done_is_said_before_the_training(tmp_path: Path) -> None
         trainer(tmp_path, RenormCallback()).fit(Classifier(nn.BatchNorm1d(8)), loader())
     with pytest.raises(ValueError, match=r"which is not known, got (inf|-1)"):
         trainer(tmp_path, RenormCallback(), max_epochs=1).fit(Classifier(), DataLoader(Unsized(), 8))
+    model = Classifier()
     with pytest.raises(ValueError, match="weigh needs a validation dataloader"):
-        trainer(tmp_path, RenormCallback(weigh=renorm.weigh)).fit(Classifier(), loader())
+        trainer(tmp_path, RenormCallback(weigh=renorm.weigh)).fit(model, loader())
+    assert (model.net[1].limits, model.net[1].momentum) == (renorm.Limits(), 0.01)
 
 
 def test_weigh_without_a_forward_to_call_is_refused_before_the_training(tmp_path: Path) -> None:
@@ -130,7 +141,8 @@ def test_weigh_without_a_forward_to_call_is_refused_before_the_training(tmp_path
             self.net(batch[0])
 
     with pytest.raises(ValueError, match="weigh calls the module's forward, which Steps does not define"):
-        trainer(tmp_path, RenormCallback(weigh=renorm.weigh)).fit(Steps(), loader(), loader())
+        trainer(tmp_path, RenormCallback(weigh=renorm.weigh)).fit(model := Steps(), loader(), loader())
+    assert model.net[1].limits == renorm.Limits()
     callback = RenormCallback(weigh=partial(renorm.weigh, forward=lambda model, batch: model.net(batch[0])))
     trainer(tmp_path, callback).fit(Steps(), loader(), loader())
     assert callback.weighing is not None

@@ -77,5 +77,7 @@ def test_a_training_without_an_evaluation_ends_with_a_warning(tmp_path: Path) ->
 def test_what_cannot_be_done_is_said_before_the_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no layer of the model has limits"):
         trainer(resnet(), tmp_path, RenormCallback()).train()
+    model = renorm.convert(resnet(), renorm.BatchRenorm)
     with pytest.raises(ValueError, match="set eval_strategy"):
-        trainer(resnet(), tmp_path, RenormCallback(limits=None, weigh=renorm.weigh)).train()
+        trainer(model, tmp_path, RenormCallback(weigh=renorm.weigh)).train()
+    assert {layer.limits for layer in layers(model)} == {renorm.Limits()}

@@ -118,7 +118,7 @@ def replacement(name: str, old: Any, target: type[Norm], steps: Literal["keep", 
         new = target(**(inherited | options), device=state[0].device if state else None)
     except (TypeError, ValueError) as error:
         raise type(error)(f"cannot convert {name or 'the root'!r}: {error}") from error
-    if "momentum" not in options and new.limits is not None and new.limits.start > 0 and new.momentum is not None:
+    if "momentum" not in options and new.limits is not None and new.momentum is not None:
         new.momentum = max(new.momentum, new.limits.momentum)  # the default is for long plain phases
     if steps == 0 and new.momentum is None:
         raise ValueError(

@@ -15,6 +15,7 @@ _NOTHING = (
     "running statistics describe the batches, and no batch depends on what it is made of: nothing much is to be gained "
     "at evaluation"
 )
+_GETS_ALONG = "batches differ from the running statistics, and evaluation loses nothing by it"
 
 
 def find(layers: Sequence[LayerReport], modes: Sequence[ModeReport]) -> tuple[Finding, ...]:
@@ -27,12 +28,25 @@ def find(layers: Sequence[LayerReport], modes: Sequence[ModeReport]) -> tuple[Fi
     Returns:
         The findings: of the model, then of its layers.
     """
-    evaluation_loses = not modes or any(_is_sure(mode.gap, mode.metric) for mode in modes)
-    of_modes = _of_modes(modes)
-    of_layers = [finding for finding in _of_layers(layers, evaluation_loses) if finding is not None]
-    if of_layers or any(_is_sure(mode.gap, mode.metric) or not math.isfinite(mode.gap.mean) for mode in modes):
-        return (*of_modes, *of_layers)
-    return (*of_modes, Finding(None, "none", 0.0, _NOTHING))
+    found = [*_of_modes(modes), *filter(None, _of_layers(layers))]
+    causes = list(filter(None, _causes(layers)))  # why evaluation loses, where it does
+    if not modes or any(map(_may_lose, modes)):
+        found += causes
+    if any(finding.layer is not None for finding in found) or any(map(_is_telling, modes)):
+        return tuple(found)
+    return (*found, Finding(None, "none", 0.0, _GETS_ALONG if causes else _NOTHING))
+
+
+def _may_lose(mode: ModeReport) -> bool:
+    """Whether evaluation may be worse than training mode; NaN may."""
+    return not (mode.gap.high < 0 or mode.gap.mean < _LEAST_GAP.get(mode.metric, 0))
+
+
+def _is_telling(mode: ModeReport) -> bool:
+    """Whether a score shows that something is wrong, or nothing at all."""
+    composition = mode.composition
+    dependent = composition is not None and (composition.high < 0 or _is_sure(composition, mode.metric))
+    return dependent or _is_sure(mode.gap, mode.metric) or not math.isfinite(mode.gap.mean)
 
 
 def _is_sure(gap: Interval, metric: str) -> bool:
@@ -87,14 +101,27 @@ def _amount(metric: str, value: float, unit: str | None = None) -> str:
     return f"{value:.4g}" + (f" of {metric.replace('_', '-')}" if unit is None else unit)
 
 
-def _of_layers(layers: Sequence[LayerReport], evaluation_loses: bool) -> Iterable[Finding | None]:
+def _of_layers(layers: Sequence[LayerReport]) -> Iterable[Finding | None]:
     reached = [layer for layer in layers if layer.batches]
-    sound = [layer for layer in reached if _is_finite(layer) and layer.elements > 1]
-    yield _worst([layer for layer in reached if layer.elements > 1], _NOT_FINITE)
+    sound = list(filter(_is_finite, reached))
+    yield _worst(reached, _NOT_FINITE)
     yield _worst(layers, _NOT_REACHED)
     yield _fewest(reached)
-    for check in (*_OF_STATISTICS, *(_OF_LOSSES if evaluation_loses else ()), _CLIPPED, _DEAD):
+    for check in _OF_STATISTICS:
         yield _worst(sound, check)
+    for check in _OF_GROUPS:
+        yield _worst(list(filter(_has_groups, sound)), check)
+    yield _worst(sound, _DEAD)
+
+
+def _causes(layers: Sequence[LayerReport]) -> Iterable[Finding | None]:
+    sound = [layer for layer in layers if layer.batches and _is_finite(layer) and _has_groups(layer)]
+    return (_worst(sound, check) for check in _OF_LOSSES)
+
+
+def _has_groups(layer: LayerReport) -> bool:
+    """Whether batches have statistics at all: those of one element say that there is one."""
+    return layer.elements > 1
 
 
 def _is_finite(layer: LayerReport) -> bool:
@@ -106,6 +133,10 @@ def _is_finite(layer: LayerReport) -> bool:
 def _factor(ratio: float) -> float:
     """How far a ratio is from 1, either way; NaN for what is no ratio."""
     return max(ratio, 1 / ratio) if ratio > 0 else math.nan
+
+
+def _beyond(layer: LayerReport, limit: float) -> str:
+    return f", and the layer corrects no more than {limit:g}" if layer.corrected else ""
 
 
 class _Check(NamedTuple):
@@ -152,27 +183,35 @@ _OF_STATISTICS = (
         + _OTHER_STATISTICS,
     ),
     _Check(
+        "between_within", lambda layer: layer.between_within, 2.0,
+        lambda layer: f"means of batches vary {layer.between_within:.1f} times as much as those of independent "
+        "examples would (mean squares between over within): batches are dependent; "
+        + (f"the layer corrects for it within limits of {layer.r_max:g} and {layer.d_max:g}" if layer.corrected
+           else "see renorm.recommend(..., dependent=True)"),
+    ),
+)  # fmt: skip
+_OF_GROUPS = (
+    _Check(
         "scale", lambda layer: _factor(layer.scale), 1.25,
         lambda layer: f"standard deviations of batches are {layer.scale:.2f} of the running one: " + _OTHER_STATISTICS,
     ),
     _Check(
-        "between_within", lambda layer: layer.between_within, 2.0,
-        lambda layer: f"means of batches vary {layer.between_within:.1f} times as much as those of independent "
-        "examples would (mean squares between over within): batches are dependent; "
-        + ("the layer corrects for it" if layer.corrected else "see renorm.recommend(..., dependent=True)"),
+        "clipped", lambda layer: max(layer.clipped_r, layer.clipped_d) if layer.corrected else 0.0, 0.05,
+        lambda layer: f"limits of {layer.r_max:g} and {layer.d_max:g} clip {layer.clipped_r:.1%} of r and "
+        f"{layer.clipped_d:.1%} of d: wider limits, or larger or more mixed batches",
     ),
 )  # fmt: skip
 # They say why evaluation loses; where it does not, the network gets along with them.
 _OF_LOSSES = (
     _Check(
-        "d_size_95", lambda layer: 0.0 if layer.corrected else layer.d_size[1], 1.0,
+        "d_size_95", lambda layer: layer.d_size[1] - (layer.d_max if layer.corrected else 0.0), 1.0,
         lambda layer: f"means of batches lie up to {layer.d_size[1]:.2f} running standard deviations from the running "
-        "mean (95% of |d|): " + _TWO_COMPUTATIONS,
+        f"mean (95% of |d|){_beyond(layer, layer.d_max)}: " + _TWO_COMPUTATIONS,
     ),
     _Check(
-        "r", lambda layer: 0.0 if layer.corrected else max(layer.r[2], _factor(layer.r[0])), 2.0,
+        "r", lambda layer: max(layer.r[2], _factor(layer.r[0])) / (layer.r_max if layer.corrected else 1.0), 2.0,
         lambda layer: f"standard deviations of batches are {layer.r[0]:.2f} to {layer.r[2]:.2f} of the running one "
-        "(5 to 95% of r): " + _TWO_COMPUTATIONS,
+        f"(5 to 95% of r){_beyond(layer, layer.r_max)}: " + _TWO_COMPUTATIONS,
     ),
     _Check(
         "range_evaluation", lambda layer: layer.range_evaluation / layer.bound if layer.bound else 0.0, 1.0,
@@ -180,11 +219,6 @@ _OF_LOSSES = (
         f"{layer.bound:.1f} in training (sqrt(m - 1) for m = {layer.bound**2 + 1:.0f}): later layers see what they "
         "were not trained on; try renorm.weigh(model, validation)",
     ),
-)  # fmt: skip
-_CLIPPED = _Check(
-    "clipped", lambda layer: max(layer.clipped_r, layer.clipped_d) if layer.corrected else 0.0, 0.05,
-    lambda layer: f"limits of {layer.r_max:g} and {layer.d_max:g} clip {layer.clipped_r:.1%} of r and "
-    f"{layer.clipped_d:.1%} of d: wider limits, or larger or more mixed batches",
 )  # fmt: skip
 _DEAD = _Check(
     "dead", lambda layer: layer.dead / layer.channels if layer.steps != 0 else 0.0, 1e-9,  # gamma may begin with 0
@@ -202,8 +236,8 @@ def _fewest(layers: Sequence[LayerReport]) -> Finding | None:
     number = "one element has" if least.elements == 1 else f"{least.elements:.0f} elements have"
     others = f" (and {len(few) - 1} of {len(layers)} layers more)" if len(few) > 1 else ""
     text = (
-        f"{least.name or '(root)'}: {number} hardly any statistics: more examples, or several channels together, "
-        f"renorm.convert(model, renorm.BatchGroupNorm, num_groups=...), before a further training{others}"
+        f"{least.name or '(root)'}: {number} hardly any statistics: before a further training, more examples, or "
+        f"more channels together (renorm.BatchGroupNorm, fewer num_groups){others}"
     )
     return Finding(least.name, "elements", least.elements, text)
 

@@ -97,7 +97,9 @@ class Measurement:
         layer = self.layer
         steps = None if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
         limits: Limits | None = getattr(layer, "limits", None)
-        found = LayerReport(self.name, type(layer).__name__, layer.num_features, steps, *_limits(limits, steps or 0))
+        found = LayerReport(
+            self.name, type(layer).__name__, layer.num_features, steps, **_limits(limits, steps or 0)
+        )  # fmt: skip
         if not self._r:
             return found
         r, d, elements = torch.cat(self._r), torch.cat(self._d), torch.cat(self._elements)
@@ -183,13 +185,15 @@ def _reach(examples: _Examples, mean: Tensor, sigma: Tensor) -> float:
     return max(0.0, float(reach.max()))
 
 
-def _limits(limits: Limits | None, steps: int) -> tuple[float, float, int | None, bool]:
-    """What clips r and d (limits at work, or else the paper's), until when there are none, whether there are now."""
+def _limits(limits: Limits | None, steps: int) -> dict[str, Any]:
+    """What a report says of the limits: those at work, or the paper's to compare with."""
+    paper = {"r_max": Limits().r_max, "d_max": Limits().d_max}
     if limits is None:
-        return Limits().r_max, Limits().d_max, None, False
-    if steps < limits.start:
-        return Limits().r_max, Limits().d_max, limits.start, False
-    return *limits.at(steps), None, True
+        return paper
+    r_max, d_max = limits.at(steps)
+    if (r_max, d_max) == (1.0, 0.0):
+        return paper | {"plain_until": limits.start}
+    return {"r_max": r_max, "d_max": d_max, "corrected": True}
 
 
 def quantiles(values: Tensor, *at: float) -> tuple[float, ...]:

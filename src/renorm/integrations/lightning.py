@@ -23,8 +23,8 @@ class RenormCallback(LimitsAndWeight, Callback):
     Lightning's own: put `EMAWeightAveraging` before this callback, and the average is what is weighed.
 
     Args:
-        limits: from the number of training batches, micro-batches included, to limits; None to leave them. With ramps
-            the momentum becomes at least `limits.momentum`, as by `renorm.convert`.
+        limits: from the number of training batches, micro-batches included, to limits; None to leave them. A
+            momentum that was that of the layer's old limits becomes `limits.momentum`.
         weigh: from the model and the first validation dataloader to example weights, as `renorm.weigh`, which passes
             over all of it; with options by `functools.partial`. None for not. The model's forward must take the input
             of a batch.
@@ -45,9 +45,6 @@ class RenormCallback(LimitsAndWeight, Callback):
             ValueError: there are no limits to set, the length of the training is not known, or the model cannot be
                 weighed after it.
         """
-        if self.limits is not None:
-            batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
-            set_limits(pl_module, self.limits, batches)
         if self.weigh is not None:
             require_one_process(trainer.world_size)
             if not trainer.enable_validation:
@@ -57,6 +54,9 @@ class RenormCallback(LimitsAndWeight, Callback):
                     f"weigh calls the module's forward, which {type(pl_module).__name__} does not define: define it, "
                     "give partial(renorm.weigh, forward=...) a function of module and batch, or weigh=None"
                 )
+        if self.limits is not None:
+            batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+            set_limits(pl_module, self.limits, batches)
 
     def _calls_forward(self) -> bool:
         """Whether it is `renorm.weigh` without a forward of the user's."""

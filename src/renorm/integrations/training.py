@@ -16,8 +16,8 @@ class LimitsAndWeight:
     """What a callback does: limits when a training begins, the example weight when it ends.
 
     Args:
-        limits: from the number of training batches to limits; None to leave them. With ramps the momentum becomes at
-            least `limits.momentum`, as by `renorm.convert`.
+        limits: from the number of training batches to limits; None to leave them. A momentum that was that of the
+            layer's old limits becomes `limits.momentum`.
         weigh: from model and validation data to example weights, as `renorm.weigh`; None for not.
 
     Attributes:
@@ -34,7 +34,7 @@ class LimitsAndWeight:
 
 
 def set_limits(model: nn.Module, limits: Callable[[int], Limits], batches: float) -> None:
-    """Set the limits of all layers that have some, for a training of a given length, and the momentum that suits them.
+    """Set the limits of all layers that have some, for a training of a given length, and the momentum with them.
 
     Args:
         model: with layers of renorm.
@@ -52,9 +52,10 @@ def set_limits(model: nn.Module, limits: Callable[[int], Limits], batches: float
                          "number of epochs or steps, or give limits=None")  # fmt: skip
     chosen = limits(int(batches))
     for layer in layers:
+        assert layer.limits is not None
+        if layer.momentum == layer.limits.momentum:  # not one that the user chose
+            layer.momentum = chosen.momentum
         layer.limits = chosen
-        if layer.momentum is not None and chosen.start > 0:
-            layer.momentum = max(layer.momentum, chosen.momentum)
 
 
 def require_one_process(processes: int) -> None:

@@ -38,12 +38,12 @@ class RenormCallback(LimitsAndWeight, TrainerCallback):
         Raises:
             ValueError: there are no limits to set, or the model cannot be weighed after the training.
         """
-        if self.limits is not None:
-            set_limits(kwargs["model"], self.limits, state.max_steps * args.gradient_accumulation_steps)
         if self.weigh is not None:
             require_one_process(args.world_size)
             if args.eval_strategy == "no":
                 raise ValueError("weigh needs the evaluation dataloader: set eval_strategy, or give weigh=None")
+        if self.limits is not None:
+            set_limits(kwargs["model"], self.limits, state.max_steps * args.gradient_accumulation_steps)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
