@@ -65,15 +65,16 @@ def test_pairs_are_split_over_the_halves(digits: Dataset):
         assert first == second
 
 
-@pytest.mark.parametrize("image_shape", [(1, 16, 24), (3, 32, 32)])
-def test_crops_are_shifts_and_half_of_them_are_mirrored(image_shape: tuple[int, int, int]):
+@pytest.mark.parametrize(
+    ("image_shape", "down", "across"), [((1, 16, 24), 2, 3), ((3, 32, 32), 4, 4), ((1, 7, 28), 1, 4)]
+)
+def test_crops_are_shifts_and_half_of_them_are_mirrored(image_shape: tuple[int, int, int], down: int, across: int):
     channels, height, width = image_shape
     place = torch.arange(height * width).view(1, 1, height, width) + 1
     images = place.expand(400, channels, -1, -1).float()
     made = crop_and_flip(images)
     assert made.shape == images.shape
     shifts, mirrored = set(), 0
-    down, across = height // 8, width // 8
     padded = torch.nn.functional.pad(place[0, 0], (across, across, down, down))
     for image in made:
         assert all(torch.equal(channel, image[0]) for channel in image)

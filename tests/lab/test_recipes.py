@@ -17,7 +17,7 @@ from renorm.lab.cli import main
 from renorm.lab.data import Dataset, Part, load_dataset
 from renorm.lab.data.dataset import assemble
 from renorm.lab.errors import LabError
-from renorm.lab.methods import limits, norm_factory
+from renorm.lab.methods import METHODS, limits, norm_factory
 from renorm.lab.network import make_network
 from renorm.lab.recipes import RECIPES
 from renorm.lab.recipes.noniid import NonIid
@@ -113,6 +113,24 @@ def test_every_batch_size_sees_as_many_examples(name: str, images: Dataset):
     runs = RECIPES[name](seeds=1).runs(images)
     assert len({run.steps * run.batch_size for run in runs}) == 1
     assert len({run.lr / run.batch_size for run in runs}) == 1
+
+
+def test_a_combination_is_named_by_what_it_is(images: Dataset):
+    runs = RECIPES["combination"](seeds=1, group_size=4, batch_sizes=(8,)).runs(images)
+    grouped = [run for run in runs if run.method.startswith("batch-group norm")]
+    assert {run.method.partition(", ")[2] for run in grouped} == {"4 x 2", "4 x 4"}
+    for run in grouped:
+        assert run.method.endswith(f"{run.examples_per_group} x {run.channels_per_group}")
+    renormed = {run.method: (run.tracking, run.r_max, run.d_max) for run in runs if run.tracking == "std" or run.limits}
+    assert renormed["batch renorm, r to 1.5, d to 0.5"] == ("std", 1.5, 0.5)
+    assert renormed["batch renorm, tracking total"] == ("total", 3.0, 5.0)
+
+
+@pytest.mark.parametrize("name", ["smallbatch", "allfour", "combination"])
+def test_every_method_can_be_asked_for(name: str, images: Dataset):
+    methods = [method for method in METHODS if method != "ghost_batch_norm"]
+    runs = RECIPES[name](seeds=1, methods=methods, batch_sizes=(8,)).runs(images)
+    assert len({run.key for run in runs}) == len(runs)
 
 
 def test_all_four_are_grouped_by_the_batch_size(images: Dataset):

@@ -87,9 +87,9 @@ def draw_bars(summary: Summary, regimes: Sequence[str], title: str) -> Figure:
 
 
 def _end_of_axis(summary: Summary) -> float:
-    """The same for all panels of a table: a bit more than its longest bar with its whisker."""
+    """The same for all panels of a table: a bit more than its longest bar with its whisker, but no more than 100%."""
     cells = (*summary.off.values(), *summary.on.values())
-    return min(102.0, max(1.0, *(1.1 * (cell.mean + cell.deviation) for cell in cells)))
+    return min(102.0, max([1.0, *(1.1 * (cell.mean + cell.deviation) for cell in cells)]))
 
 
 def draw_curves(results: Results, summary: Summary, regimes: Sequence[str], title: str) -> Figure:

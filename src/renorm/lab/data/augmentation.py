@@ -10,7 +10,7 @@ _SHARE = 8  # an eighth of height and width: the usual 4 pixels for images of 32
 
 
 def crop_and_flip(images: Tensor) -> Tensor:
-    """Shift every image by up to an eighth of its size, black coming in, and mirror half of them.
+    """Shift every image by up to an eighth of its size, rounded up, black coming in, and mirror half of them.
 
     torchvision's RandomCrop and RandomHorizontalFlip treat all images of a batch alike, and one image at a time they
     take longer than a network's training step on a GPU.
@@ -27,7 +27,7 @@ def crop_and_flip(images: Tensor) -> Tensor:
         torch.Size([2, 3, 8, 8])
     """
     count, _, height, width = images.shape
-    across, down = (size // _SHARE for size in (width, height))
+    across, down = (-(-size // _SHARE) for size in (width, height))
     top = torch.randint(2 * down + 1, (count, 1)).to(images.device, non_blocking=True)
     left = torch.randint(2 * across + 1, (count, 1)).to(images.device, non_blocking=True)
     flipped = (torch.rand(count, 1) < 0.5).to(images.device, non_blocking=True)

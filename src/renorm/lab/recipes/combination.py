@@ -13,16 +13,7 @@ from ..recipe import SMALL, SUMMERS, TINY, Scales
 from ..runs import Run
 from .smallbatch import SmallBatch
 
-# What else the rows of a method differ in; "2 x 4" is 2 examples x 4 channels that share statistics.
-_ROWS: dict[MethodName, dict[str, dict[str, Any]]] = {
-    "batch_renorm": {
-        "": {},
-        ", r to 1.5, d to 0.5": {"r_max": 1.5, "d_max": 0.5},
-        ", tracking total": {"tracking": "total"},
-    },
-    "batch_group_norm": {", 2 x 2": {"channels_per_group": 2}, ", 2 x 4": {"channels_per_group": 4}},
-    "batch_group_renorm": {", 2 x 2": {"channels_per_group": 2}, ", 2 x 4": {"channels_per_group": 4}},
-}
+_CHANNELS = (2, 4)  # that share statistics in the rows of batch-group norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +42,7 @@ class Combination(SmallBatch):
     }  # fmt: skip
 
     methods: tuple[MethodName, ...] = (
-        "batch_norm", "batch_renorm", "batch_group_norm", "batch_group_renorm", "group_norm"
+        "batch_norm", "batch_renorm", "batch_renorm_close", "batch_group_norm", "batch_group_renorm", "group_norm"
     )  # fmt: skip
     batch_sizes: tuple[PositiveInt, ...] = (64, 8, 2)
     classes_per_batch: PositiveInt = 4
@@ -72,8 +63,16 @@ class Combination(SmallBatch):
                 **(sampling | change),
             )
             for method in self.methods
-            for label, change in _ROWS.get(method, {"": {}}).items()
+            for label, change in self._rows(method).items()
             for size, sampling in regimes
             for seed in range(self.seeds)
             if (method, size) != ("batch_norm", 1)
         ]  # fmt: skip
+
+    def _rows(self, method: MethodName) -> dict[str, dict[str, Any]]:
+        """What else the rows of a method differ in; "2 x 4" is 2 examples x 4 channels that share statistics."""
+        if method == "batch_renorm":
+            return {"": {}, ", tracking total": {"tracking": "total"}}
+        if method in ("batch_group_norm", "batch_group_renorm"):
+            return {f", {self.group_size} x {channels}": {"channels_per_group": channels} for channels in _CHANNELS}
+        return {"": {}}

@@ -16,6 +16,7 @@ from .folders import Folder
 from .intervals import Difference, difference
 from .kinds import ANY, Claim, Numbers, Setting, Spot
 
+_PAPER_LIMITS = 3.0, 5.0  # r_max, d_max of all that the papers say of batch renorm
 LEVEL = 1.0  # points by which two accuracies that are called level may differ
 
 
@@ -169,6 +170,8 @@ def stands_at(run: Run, spot: Spot, *, any_group: bool = False) -> bool:
     same_group = spot.group == ANY or group == (whole if spot.group is None else spot.group)
     if any_group and spot.group is not None:
         same_group = group < whole
+    if run.limits and (run.r_max, run.d_max) != _PAPER_LIMITS:
+        return False
     return (
         spot.method == run.method.partition(",")[0]
         and (run.classes_per_batch is not None) == spot.few_classes

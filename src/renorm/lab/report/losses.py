@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Sequence
 
 from ..summary import Summary
 from .tables import TextTable
@@ -15,8 +17,8 @@ def losses(summary: Summary) -> dict[str, list[float]]:
         summary: means over the seeds.
 
     Returns:
-        Losses in points in the order of the regimes, by method, least of the largest losses first; methods that are
-        not there in every regime are left out, but the best is the best of all.
+        Losses in points in the order of the regimes, by method, least of the largest losses first; NaN where a method
+        has no result, which puts it last.
 
     Source:
         Minimax regret (Savage 1951, The theory of statistical decision).
@@ -26,11 +28,18 @@ def losses(summary: Summary) -> dict[str, list[float]]:
         for regime in summary.regimes
     }
     found = {
-        method: [best[regime] - summary.on[method, regime].mean for regime in summary.regimes]
+        method: [
+            best[regime] - summary.on[method, regime].mean if (method, regime) in summary.on else math.nan
+            for regime in summary.regimes
+        ]
         for method in summary.methods
-        if all((method, regime) in summary.on for regime in summary.regimes)
     }
-    return dict(sorted(found.items(), key=lambda pair: (max(pair[1]), statistics.fmean(pair[1]))))
+    return dict(sorted(found.items(), key=lambda pair: _largest_and_mean(pair[1])))
+
+
+def _largest_and_mean(values: Sequence[float]) -> tuple[float, float]:
+    """To sort by: infinite where one is not known."""
+    return (math.inf, math.inf) if any(map(math.isnan, values)) else (max(values), statistics.fmean(values))
 
 
 def loss_table(summary: Summary) -> TextTable:
@@ -44,7 +53,10 @@ def loss_table(summary: Summary) -> TextTable:
     """
     found = losses(summary) if len(summary.regimes) > 1 else {}
     rows = [
-        [method, *(f"{loss:.1f}" for loss in (*values, statistics.fmean(values), max(values)))]
-        for method, values in found.items()
+        [method, *map(_points, (*values, *reversed(_largest_and_mean(values))))] for method, values in found.items()
     ]
     return TextTable(["method", *summary.regimes, "mean", "largest"], rows if len(rows) > 1 else [])
+
+
+def _points(loss: float) -> str:
+    return f"{loss:.1f}" if math.isfinite(loss) else "-"
