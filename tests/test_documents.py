@@ -53,8 +53,8 @@ def test_the_code_of_a_page_runs(page: str) -> None:
 
 def test_what_the_decision_page_prints_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     text = (DOCS / "decide.md").read_text(encoding="utf-8")
-    shown = re.findall(r"```python\n(.*?)```\n\n```\n(.*?)```", text, re.DOTALL)
-    assert len(shown) > 4
+    shown = re.findall(r"^```python\n(.*?)^```\n\n^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert len(shown) == text.count("```python") == text.count("```") / 4
     names: dict[str, object] = {}
     for code, output in shown:
         exec(code, names)

@@ -89,21 +89,41 @@ def test_layer_of_a_situation(situation: dict[str, Any], layer: type[renorm.Norm
 )
 @pytest.mark.parametrize("batch_size", [1, 2, 8, 64])
 @pytest.mark.parametrize("dependent", [False, True])
+@pytest.mark.parametrize("total_steps", [100, _STEPS])
 def test_it_can_be_applied_and_trained(
-    make: Callable[[], nn.Module], shape: tuple[int, ...], batch_size: int, dependent: bool
+    make: Callable[[], nn.Module], shape: tuple[int, ...], batch_size: int, dependent: bool, total_steps: int
 ):
-    advice = recommend(batch_size=batch_size, total_steps=100, dependent=dependent, positions=len(shape) > 2)
+    positions = len(shape) > 2
+    advice = recommend(batch_size=batch_size, total_steps=total_steps, dependent=dependent, positions=positions)
     model = advice.apply(make())
+    assert isinstance(model[0], renorm.Norm) == (advice.layer is not None)
     assert model(torch.randn(shape)).isfinite().all()
 
 
 @pytest.mark.parametrize("batch_size", [2, 8, 64])
 @pytest.mark.parametrize("dependent", [False, True])
 @pytest.mark.parametrize("positions", [False, True])
-def test_what_must_be_plain_can_be(batch_size: int, dependent: bool, positions: bool):
-    advice = recommend(batch_size=batch_size, total_steps=100, dependent=dependent, positions=positions, plain=True)
+@pytest.mark.parametrize("total_steps", [100, _STEPS, 130_000])
+def test_what_must_be_plain_can_be(batch_size: int, dependent: bool, positions: bool, total_steps: int):
+    situation = {"batch_size": batch_size, "dependent": dependent, "positions": positions}
+    advice = recommend(total_steps=total_steps, plain=True, **situation)
+    assert "weigh" not in str(advice).partition("\n- ")[0]
     model = renorm.to_batchnorm(advice.apply(nn.Sequential(nn.BatchNorm1d(16))))
     assert type(model[0]) is nn.BatchNorm1d
+
+
+@pytest.mark.parametrize(("batch_size", "dependent"), [(2, False), (4, False), (64, True)])
+@pytest.mark.parametrize(("total_steps", "ends"), [(20_000, (1.5, 0.5)), (59_999, (1.5, 0.5)), (130_000, (3, 5))])
+def test_limits_are_closer_than_the_paper_s_where_trainings_are_shorter_by_far(
+    batch_size: int, dependent: bool, total_steps: int, ends: tuple[float, float]
+):
+    advice = recommend(batch_size=batch_size, total_steps=total_steps, dependent=dependent)
+    assert advice.options["limits"] == renorm.Limits.over(total_steps, *ends)
+
+
+def test_smaller_groups_are_recommended_only_where_there_are_some():
+    assert "GhostBatchNorm" in recommend(batch_size=64, total_steps=1_000, dependent=True).why
+    assert "GhostBatchNorm" not in recommend(batch_size=16, total_steps=1_000, dependent=True).why
 
 
 @pytest.mark.parametrize("total_steps", [10, 1_000, 8_000, 130_000])
@@ -113,6 +133,7 @@ def test_little_of_the_initial_statistics_is_left_when_the_correction_starts(tot
     assert 0.01 <= momentum <= 0.1
     if momentum < 0.1:  # a training too short for that has the momentum of nn.BatchNorm
         assert (1 - momentum) ** limits.start < 0.06
+    assert limits.start > 0
 
 
 def test_it_prints_as_code_that_runs():
@@ -134,3 +155,7 @@ def test_numbers_below_one_are_refused():
 def test_answers_are_yes_or_no(question: str):
     with pytest.raises(TypeError, match=f"{question} must be True or False, got 'no'"):
         recommend(batch_size=4, total_steps=100, **{question: "no"})
+    computed = torch.tensor([1]).any()
+    assert recommend(batch_size=4, total_steps=100, **{question: computed}) == recommend(
+        batch_size=4, total_steps=100, **{question: True}
+    )

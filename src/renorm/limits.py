@@ -92,7 +92,7 @@ class Limits:
             d_max: limit of d at the end, at least 0.
 
         Returns:
-            Limits that start at 1/26 of the training and end at 8/26 (r) and 5/26 (d).
+            Limits that start at 1/26 of the training, after a step at least, and end at 8/26 (r) and 5/26 (d).
 
         Raises:
             ValueError: `total_steps` is less than 1.
@@ -104,7 +104,7 @@ class Limits:
         if total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         start, r_end, d_end = (
-            round(total_steps * step / _PAPER_STEPS) for step in (_PAPER_START, _PAPER_R_END, _PAPER_D_END)
+            max(1, round(total_steps * step / _PAPER_STEPS)) for step in (_PAPER_START, _PAPER_R_END, _PAPER_D_END)
         )
         return cls(r_max, d_max, start, r_end, d_end)
 
