@@ -4,7 +4,8 @@
 
 One process per worker, one thread each, gloo between them, DistributedDataParallel around every model. The contenders
 run interleaved, all workers starting each step together; a step's time is that of the slowest worker. With one process
-the contenders are the blocks that say when running statistics move. `workers-cost.csv` has what the layers of larger
+the contenders are the blocks that say when running statistics move, and the monitor, which measures and sums up every
+step. `workers-cost.csv` has what the layers of larger
 networks send per step, computed, for up to 1,000 workers.
 """
 
@@ -15,7 +16,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from csvfiles import Row, read_rows, write_machine, write_rows
 from harness import Budget, Step, interleave
 from machine import describe
 from networks import NETWORKS, QUICK_NETWORKS, Network
-from renorm.integrations.monitor import monitor
+from renorm.integrations.monitor import Monitor, monitor
 
 (_NETWORK,) = (network for network in NETWORKS if network.name == "ResNet-18 CIFAR")
 _ROUNDS = 30
@@ -50,8 +51,14 @@ _BLOCKS: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
     c.NO_BLOCK: lambda model: nullcontext(),
     c.ACCUMULATE: renorm.accumulate,
     c.FREEZE: renorm.freeze,
-    c.MONITOR: partial(monitor, every=1),
 }
+
+
+@contextmanager
+def summed_up(watch: Monitor) -> Iterator[None]:
+    """Around a step of a model that is watched."""
+    yield
+    watch.compute()
 
 
 class Counter:
@@ -107,14 +114,18 @@ def network_step(model: nn.Module, images: torch.Tensor, block: Callable[[nn.Mod
 
 def steps_of(network: Network, processes: int, images: torch.Tensor) -> dict[str, Step]:
     """The contenders."""
-    steps = {}
-    for name in _BLOCKS if processes == 1 else _CONVERSIONS:
-        torch.manual_seed(0)
-        model = _CONVERSIONS[c.APART if processes == 1 else name](network.build()).train()
-        together = processes > 1
-        parallel = DistributedDataParallel(model) if together else model
-        steps[name] = network_step(parallel, images, _BLOCKS[name if processes == 1 else c.NO_BLOCK], together)
-    return steps
+    if processes == 1:
+        models = {name: _model(network, c.APART) for name in (*_BLOCKS, c.MONITOR)}
+        watch = monitor(models[c.MONITOR], every=1)
+        blocks = _BLOCKS | {c.MONITOR: lambda model: summed_up(watch)}
+        return {name: network_step(model, images, blocks[name], together=False) for name, model in models.items()}
+    parallel = {name: DistributedDataParallel(_model(network, name)) for name in _CONVERSIONS}
+    return {name: network_step(model, images, _BLOCKS[c.NO_BLOCK], together=True) for name, model in parallel.items()}
+
+
+def _model(network: Network, conversion: str) -> nn.Module:
+    torch.manual_seed(0)
+    return _CONVERSIONS[conversion](network.build()).train()
 
 
 def measure(rank: int, processes: int, port: int, quick: bool, out: Path) -> None:

@@ -28,10 +28,9 @@ def find(layers: Sequence[LayerReport], modes: Sequence[ModeReport]) -> tuple[Fi
     Returns:
         The findings: of the model, then of its layers.
     """
-    found = [*_of_modes(modes), *filter(None, _of_layers(layers))]
     causes = list(filter(None, _causes(layers)))  # why evaluation loses, where it does
-    if not modes or any(map(_may_lose, modes)):
-        found += causes
+    told = causes if not modes or any(map(_may_lose, modes)) else []
+    found = [*_of_modes(modes), *filter(None, _of_layers(layers, told))]
     if any(finding.layer is not None for finding in found) or any(map(_is_telling, modes)):
         return tuple(found)
     return (*found, Finding(None, "none", 0.0, _GETS_ALONG if causes else _NOTHING))
@@ -101,7 +100,7 @@ def _amount(metric: str, value: float, unit: str | None = None) -> str:
     return f"{value:.4g}" + (f" of {metric.replace('_', '-')}" if unit is None else unit)
 
 
-def _of_layers(layers: Sequence[LayerReport]) -> Iterable[Finding | None]:
+def _of_layers(layers: Sequence[LayerReport], causes: Iterable[Finding]) -> Iterable[Finding | None]:
     reached = [layer for layer in layers if layer.batches]
     sound = list(filter(_is_finite, reached))
     yield _worst(reached, _NOT_FINITE)
@@ -111,6 +110,7 @@ def _of_layers(layers: Sequence[LayerReport]) -> Iterable[Finding | None]:
         yield _worst(sound, check)
     for check in _OF_GROUPS:
         yield _worst(list(filter(_has_groups, sound)), check)
+    yield from causes
     yield _worst(sound, _DEAD)
 
 
