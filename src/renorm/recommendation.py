@@ -241,4 +241,5 @@ def _code(value: object) -> str:
         return repr(value)
     if value == Limits.constant():
         return "renorm.Limits.constant()"
-    return "renorm.Limits(" + ", ".join(f"{name}={number:g}" for name, number in asdict(value).items()) + ")"
+    arguments = ", ".join(f"{name}={number:g}" for name, number in asdict(value).items())
+    return f"renorm.Limits(\n        {arguments}\n    )"
