@@ -68,7 +68,7 @@ class Recipe(ABC):
             or one (all, gamma toward 1).
         average: evaluate an exponential moving average of weights and statistics with this decay; 0 for none.
         train_gamma: whether gamma is trained, or stays 1.
-        precision: of the computation.
+        precision: of the computation; losses are in float32.
         out: folder for results, plots and tables; by default runs/RECIPE-DATA.
         device: where to train, such as cpu or cuda.
         workers: number of processes, of one thread each, that train side by side on the CPU; by default the number
