@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent.parent
 COMMITTED = (
     "noniid-digits", "noniid-digits-lr0.02", "microbatch-digits", "noniid-cifar100", "microbatch-cifar100",
     "noniid-classes-cifar100", "smallbatch-cifar100", "weigh-cifar100", "ghost-cifar100", "decay-cifar100",
-    "noniid-cifar100-16", "allfour-cifar100", "metric-omniglot",
+    "noniid-cifar100-16", "smallbatch-cifar100-16", "allfour-cifar100", "metric-omniglot",
     "metric-omniglot-close", "combination-cifar100",
 )  # fmt: skip
 
