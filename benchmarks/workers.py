@@ -5,8 +5,7 @@
 One process per worker, one thread each, gloo between them, DistributedDataParallel around every model. The contenders
 run interleaved, all workers starting each step together; a step's time is that of the slowest worker. With one process
 the contenders are the blocks that say when running statistics move, and the monitor, which measures and sums up every
-step. `workers-cost.csv` has what the layers of larger
-networks send per step, computed, for up to 1,000 workers.
+step. `workers-cost.csv` has what the layers of larger networks send per step, computed, for up to 1,000 workers.
 """
 
 from __future__ import annotations

@@ -128,8 +128,8 @@ def test_smaller_groups_are_recommended_only_where_there_are_some():
 
 @pytest.mark.parametrize("total_steps", [10, 1_000, 8_000, 130_000])
 def test_little_of_the_initial_statistics_is_left_when_the_correction_starts(total_steps: int):
-    options = recommend(batch_size=2, total_steps=total_steps).options
-    limits, momentum = options["limits"], options["momentum"]
+    (layer,) = recommend(batch_size=2, total_steps=total_steps).apply(nn.Sequential(nn.BatchNorm2d(4)))
+    limits, momentum = layer.limits, layer.momentum
     assert 0.01 <= momentum <= 0.1
     if momentum < 0.1:  # a training too short for that has the momentum of nn.BatchNorm
         assert (1 - momentum) ** limits.start < 0.06

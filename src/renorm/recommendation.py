@@ -19,7 +19,7 @@ _SHORT = 10_000  # steps, in which the correction gained on batch norm for sure 
 _LIKE_THE_PAPER = 60_000  # steps: from here on nearer to its 130,000 than to the longest training here, of 32,000
 _CLOSE = 1.5, 0.5  # r_max, d_max
 _NUM_GROUPS = 8
-_LITTLE = "Two examples leave batch norm little to go by; the correction wins a part of it back."
+_LITTLE = "So few examples leave batch norm little to go by; the correction wins a part of it back."
 _WIDTH = 76  # of printed lines
 
 
@@ -189,8 +189,7 @@ def recommend(
     if positions:
         return _pair(total_steps, plain)
     if plain:
-        options = _with_momentum(Limits.over(total_steps))
-        return Recommendation(BatchRenorm, options, False, _LITTLE, (PAIR_OF_SINGLES,))
+        return Recommendation(BatchRenorm, {"limits": Limits.over(total_steps)}, False, _LITTLE, (PAIR_OF_SINGLES,))
     why = "A pair of numbers holds the sign of their difference alone: take several channels together."
     return Recommendation(BatchGroupNorm, {"num_groups": _NUM_GROUPS}, False, why, (PAIR_OF_SINGLES,))
 
@@ -226,14 +225,9 @@ def _few(total_steps: int, plain: bool) -> Recommendation:
 
 
 def _corrected(total_steps: int) -> dict[str, Any]:
-    """Closer limits than the paper's for trainings that are shorter by far."""
+    """Closer limits than the paper's for trainings that are shorter by far; `convert` takes the momentum from them."""
     ends = () if total_steps >= _LIKE_THE_PAPER else _CLOSE
-    return _with_momentum(Limits.over(total_steps, *ends))
-
-
-def _with_momentum(limits: Limits) -> dict[str, Any]:
-    """Limits, and a momentum with which running statistics mean something when they start."""
-    return {"limits": limits, "momentum": limits.momentum}
+    return {"limits": Limits.over(total_steps, *ends)}
 
 
 def _code(value: object) -> str:

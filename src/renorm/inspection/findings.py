@@ -101,8 +101,7 @@ def _amount(metric: str, value: float, unit: str | None = None) -> str:
 
 
 def _of_layers(layers: Sequence[LayerReport], causes: Iterable[Finding]) -> Iterable[Finding | None]:
-    reached = [layer for layer in layers if layer.batches]
-    sound = list(filter(_is_finite, reached))
+    reached, sound = [layer for layer in layers if layer.batches], _sound(layers)
     yield _worst(reached, _NOT_FINITE)
     yield _worst(layers, _NOT_REACHED)
     yield _fewest(reached)
@@ -115,8 +114,12 @@ def _of_layers(layers: Sequence[LayerReport], causes: Iterable[Finding]) -> Iter
 
 
 def _causes(layers: Sequence[LayerReport]) -> Iterable[Finding | None]:
-    sound = [layer for layer in layers if layer.batches and _is_finite(layer) and _has_groups(layer)]
-    return (_worst(sound, check) for check in _OF_LOSSES)
+    grouped = list(filter(_has_groups, _sound(layers)))
+    return (_worst(grouped, check) for check in _OF_LOSSES)
+
+
+def _sound(layers: Sequence[LayerReport]) -> list[LayerReport]:
+    return [layer for layer in layers if layer.batches and _is_finite(layer)]
 
 
 def _has_groups(layer: LayerReport) -> bool:
