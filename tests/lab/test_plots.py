@@ -23,3 +23,13 @@ def test_whiskers_end_within_the_panel():
     summary = Summary(["batch norm"], ["n = 4"], {("batch norm", "n = 4"): Cell((10.0, 50.0))}, {})
     (panel,) = draw_bars(summary, summary.regimes, "a table").axes[:1]
     assert panel.get_xlim()[1] > 30 + 28.3
+
+
+def test_a_long_title_stays_within_its_picture():
+    summary = Summary(["batch norm"], ["i.i.d."], *[{("batch norm", "i.i.d."): Cell((10.0,))}] * 2)
+    figure = draw_bars(summary, ["i.i.d."], "Example weighing on trained models: resnet8 on data/cifar100.npz")
+    title = figure.get_suptitle()
+    assert max(map(len, title.splitlines())) < len(title)
+    figure.canvas.draw()
+    edges = figure._suptitle.get_window_extent()
+    assert 0 <= edges.x0 < edges.x1 <= figure.bbox.x1

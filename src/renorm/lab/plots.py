@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from .results import Results
 from .runs import CurvePoint
@@ -24,6 +25,8 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _PANEL_WIDTH = 4.2  # inches
 _COLUMNS = 4  # panels side by side
 _DPI = 150
+_GAP = 0.05  # between panels, of their width, so that numbers below one do not touch those of the next
+_LETTERS = 10.5  # of a title on an inch
 _NARROW, _WIDE = 26, 36  # letters of a name on a line, beside one panel and beside several
 
 
@@ -157,9 +160,9 @@ def as_svg(figure: Figure) -> str:
 def _panels(regimes: Sequence[str], title: str, height: float) -> tuple[Figure, list[Axes]]:
     columns, rows = min(_COLUMNS, len(regimes)), math.ceil(len(regimes) / _COLUMNS)
     width = _PANEL_WIDTH * 0.85 * columns + 1 if columns > 1 else 5.2
-    figure = Figure(figsize=(width, height * rows + 1), layout="constrained")
+    figure = Figure(figsize=(width, height * rows + 1), layout=ConstrainedLayoutEngine(wspace=_GAP))
     if title:
-        figure.suptitle(title)
+        figure.suptitle(fill(title, round(_LETTERS * width)))
     panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for spare in panels[len(regimes) :]:
         spare.remove()
