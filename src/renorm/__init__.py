@@ -1,8 +1,9 @@
 """Batch normalization that means the same thing in training and at inference."""
 
 from . import functional, optim, samplers
-from .checkpoints import translate_state_dict
-from .convert import ConversionReport, convert, to_batchnorm
+from .blocks import accumulate, freeze
+from .conversion.convert import ConversionReport, convert, to_batchnorm
+from .conversion.state_dicts import translate_state_dict
 from .inference.estimate import estimate
 from .inference.weigh import weigh
 from .inference.weighing import Weighing
@@ -32,7 +33,6 @@ from .norm import Norm
 from .recommendation import Recommendation, recommend
 from .recurrent import BatchRenormGRU, BatchRenormLSTM
 from .synchronize import joinables, synchronize
-from .updates import accumulate, freeze
 
 __version__ = "0.1.0"
 

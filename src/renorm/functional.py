@@ -20,8 +20,8 @@ from .grouping import Grouping
 from .moments import Moments
 from .ops.evaluation import evaluate
 from .ops.normalize import normalize
-from .ops.types import Correction, Running
-from .tracking import update_running
+from .ops.problem import Correction, Running
+from .ops.tracking import update_running
 
 __all__ = ["batch_norm", "batch_renorm", "renormalize", "update_running", "weighted_batch_norm"]
 

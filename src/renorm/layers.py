@@ -7,8 +7,8 @@ import torch
 from .activation import Activation
 from .limits import Limits
 from .norm import Norm
-from .tracked import Sync
-from .tracking import Tracking
+from .ops.tracking import Tracking
+from .state import Sync
 
 _PAPER_LIMITS = Limits()
 

@@ -18,10 +18,10 @@ from .limits import Limits
 from .moments import Moments
 from .occasions import Occasion, occasion_of
 from .ops.normalize import suits_kernels
-from .ops.types import Running
+from .ops.problem import Running
+from .ops.tracking import Tracking, require_tracking
+from .state import Sync, Tracked
 from .step import correction, train
-from .tracked import Sync, Tracked
-from .tracking import Tracking, require_tracking
 from .workers.batch import normalize as normalize_over_workers
 from .workers.group import Workers
 

@@ -19,7 +19,7 @@ import torch
 
 from . import recomputation
 from .moments import Moments
-from .tracking import RunningState
+from .ops.tracking import RunningState
 
 Statistics = Literal["batch", "running"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .convert import convert
+from .conversion.convert import convert
 from .layers import BatchGroupNorm, BatchRenorm
 from .limits import Limits
 from .norm import Norm

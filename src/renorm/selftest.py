@@ -15,8 +15,8 @@ from .grouping import Grouping
 from .limits import Limits
 from .norm import Norm
 from .ops import reference
-from .ops.types import Running
-from .tracking import update_running
+from .ops.problem import Running
+from .ops.tracking import update_running
 
 # Largest error, in units of the largest number or of 1: some roundings of the dtype.
 BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}

@@ -10,12 +10,12 @@ from .activation import Activation
 from .checks import check_batch, check_groups
 from .grouping import Grouping
 from .limits import Limits
-from .ops import fused
+from .ops import kernels as fused
 from .ops.normalize import suits_kernels
 from .ops.plain import suits_state
+from .ops.problem import Running
 from .ops.snapshot import snapshot
-from .ops.types import Running
-from .tracking import RunningState, Tracking, commit
+from .ops.tracking import RunningState, Tracking, commit
 
 
 def train(

@@ -8,9 +8,9 @@ from torch import distributed as dist
 from torch import nn
 
 from .norm import Norm
-from .tracked import Sync
+from .state import Sync
 from .workers.group import Workers
-from .workers.running import Pool
+from .workers.pool import Pool
 
 
 def synchronize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from renorm.grouping import Grouping
 from renorm.ops import aten_gpu, reference
-from renorm.ops.types import Correction, Running
+from renorm.ops.problem import Correction, Running
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

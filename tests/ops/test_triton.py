@@ -14,7 +14,7 @@ from renorm import functional
 from renorm.activation import activate
 from renorm.moments import Moments
 from renorm.ops import extension, gpu
-from renorm.tracking import RunningState, commit
+from renorm.ops.tracking import RunningState, commit
 
 pytest.importorskip("triton")
 from renorm.ops.triton import launch, tiles

@@ -10,9 +10,9 @@ from torch import nn
 
 from .. import layers
 from ..integrations.timm import NormAct
+from ..modules import carry_over
 from ..norm import Norm
 from ..ops.statistics import pool_running
-from ..surgery import carry_over
 from .targets import DIMENSIONS
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from .. import layers
 from ..integrations.timm import ACT_LAYERS, NormAct, is_batch_norm_act
 from ..layers import BatchGroupNorm, BatchNorm, BatchRenorm, GhostBatchNorm
+from ..modules import carry_over
 from ..norm import Norm
-from ..surgery import carry_over
 from ..workers.group import Workers
 from .options import require_options
 

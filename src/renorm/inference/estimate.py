@@ -15,7 +15,7 @@ from ..moments import Moments
 from ..norm import Norm
 from ..occasions import Accumulation, counts
 from ..ops.statistics import center
-from ..tracking import update_running
+from ..ops.tracking import update_running
 from ..workers.group import Workers
 from ..workers.sums import Rule, from_sums, to_sums
 from .passes import Forward, arguments, batch_statistics, forward, tracking_layers

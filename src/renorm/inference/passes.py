@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..blocks import pushed
 from ..norm import Norm
 from ..occasions import Accumulation, Frozen
-from ..updates import pushed
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..convert import convert
+from ..conversion.convert import convert
 from ..layers import BatchNorm
+from ..modules import replace_modules
 from ..norm import Norm
-from ..surgery import replace_modules
 from .passes import Forward, forward, modes, target, tracks
 from .progress import progress
 from .scores import Evaluation, ExampleScore, Judge, Metric

@@ -14,8 +14,8 @@ from ..inference.passes import arguments
 from ..limits import Limits
 from ..moments import Moments
 from ..norm import Norm
+from ..ops.problem import Running
 from ..ops.statistics import center, correct, pool, pool_running, spread
-from ..ops.types import Running
 from .report import LayerReport
 
 _DEAD, _NEARLY_DEAD = 1e-3, 1e-2  # standard deviation of a channel's output at evaluation

@@ -15,8 +15,8 @@ from ..inspection.measure import quantiles
 from ..moments import Moments
 from ..norm import Norm
 from ..occasions import Frozen
+from ..ops.problem import Correction, Running
 from ..ops.statistics import center, correct, pool
-from ..ops.types import Correction, Running
 from ..recomputation import is_backward
 
 _KEPT = 64  # measurements of a layer, if nobody asks

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..grouping import Grouping
 from ..moments import Moments
-from .types import Correction, Forward, Gradients, Running
+from .problem import Correction, Forward, Gradients, Running
 
 # The kernel for channels_last sums naively: over this many squares in float32 its error stays near 1e-6.
 _ROWS_PER_SUM = 2**14

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..grouping import Grouping
 from ..moments import Moments
 from . import aten
-from .types import Correction, Forward, Gradients, Running
+from .problem import Correction, Forward, Gradients, Running
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -13,7 +13,7 @@ from ..activation import Activation, activate
 from ..grouping import Grouping
 from ..moments import Moments
 from . import aten, aten_gpu, reference
-from .types import Correction, Running
+from .problem import Correction, Running
 
 
 def compose(

@@ -7,9 +7,10 @@ from torch import Tensor
 from ..activation import Activation
 from ..grouping import Grouping
 from ..moments import Moments
-from . import extension, fused, gpu
+from . import extension, gpu
+from . import kernels as fused
 from .composed import compose, finish
-from .types import Correction, Running
+from .problem import Correction, Running
 
 
 def suits_kernels(x: Tensor, residual: Tensor | None) -> bool:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..grouping import Grouping
 from ..moments import Moments
+from .problem import Correction, Forward, Gradients, Running
 from .statistics import apply, center, collect, correct, element_dims, expand, pool, scale_shift, spread
-from .types import Correction, Forward, Gradients, Running
 
 
 def forward(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..moments import Moments
-from .types import Correction, Running
+from .problem import Correction, Running
 
 
 def center(view: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Moments]:

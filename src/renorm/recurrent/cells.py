@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from ..layers import BatchRenorm1d
 from ..limits import Limits
-from ..tracking import Tracking
+from ..ops.tracking import Tracking
 
 _GAIN = 0.1  # gamma at the start: with 1, gates saturate and gradients vanish (Cooijmans et al. 2017, section 4)
 

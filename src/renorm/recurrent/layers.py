@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
+from ..blocks import accumulate
 from ..limits import Limits
 from ..norm import Norm
-from ..tracking import Tracking
-from ..updates import accumulate
+from ..ops.tracking import Tracking
 from .cells import Cell, GRUCell, LSTMCell, NormOptions, State
 from .sequences import check_mask, check_sequence, check_state, packed_like, unpacked
 

@@ -13,7 +13,7 @@ from ..checks import check_batch, check_channels
 from ..moments import Moments
 from ..ops import statistics
 from ..ops.composed import finish
-from ..ops.types import Running
+from ..ops.problem import Running
 from .group import Workers
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
-from .running import Pool
+from .pool import Pool
 
 
 class JoinablePool(Joinable):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..moments import Moments
-from ..tracking import Tracking
+from ..ops.tracking import Tracking
 
 
 class Rule(NamedTuple):

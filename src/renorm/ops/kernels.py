@@ -17,7 +17,7 @@ from ..grouping import Grouping
 from ..moments import Moments
 from . import schema  # noqa: F401  # defines the operations
 from .composed import compose, finish
-from .types import Correction, Running
+from .problem import Correction, Running
 
 # Coefficients that the kernels return beside the moments: this many rows, among them r and d.
 _ROWS, _R, _D = 6, 3, 4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import renorm
-from renorm.checkpoints import translate_state_dict
+from renorm.conversion.state_dicts import translate_state_dict
 
 C = 6
 RENORMS = {2: renorm.BatchRenorm1d, 3: renorm.BatchRenorm1d, 4: renorm.BatchRenorm2d, 5: renorm.BatchRenorm3d}

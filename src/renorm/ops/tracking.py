@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .moments import Moments
-from .ops.normalize import suits_kernels
-from .ops.plain import suits_state
+from ..moments import Moments
+from .normalize import suits_kernels
+from .plain import suits_state
 
 Tracking = Literal["std", "var", "total"]
 

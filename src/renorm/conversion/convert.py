@@ -9,15 +9,15 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .conversion.options import check_options
-from .conversion.plain import obstacle, plain
-from .conversion.report import ConversionReport, PassedOver, Replacement
-from .conversion.targets import Where, is_candidate, replacement, selector, target_class
-from .fusion.model import fuse as fuse_calls
-from .fusion.model import unfuse
-from .norm import Norm
-from .surgery import refuse_wrapped, replace_modules
-from .workers.running import Pool
+from ..fusion.model import fuse as fuse_calls
+from ..fusion.model import unfuse
+from ..modules import refuse_wrapped, replace_modules
+from ..norm import Norm
+from ..workers.pool import Pool
+from .options import check_options
+from .plain import obstacle, plain
+from .report import ConversionReport, PassedOver, Replacement
+from .targets import Where, is_candidate, replacement, selector, target_class
 
 __all__ = ["ConversionReport", "convert", "to_batchnorm"]
 

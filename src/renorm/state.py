@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from .grouping import Grouping
 from .moments import Moments
 from .occasions import Blocks, counts, innermost_accumulation
-from .tracking import RunningState, Tracking, commit_together
+from .ops.tracking import RunningState, Tracking, commit_together
 from .workers.group import Workers
-from .workers.running import Pool, pool_of
+from .workers.pool import Pool, pool_of
 from .workers.sums import Rule
 
 Sync = Literal["running", "batch"]
