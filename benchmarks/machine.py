@@ -11,7 +11,7 @@ import torch
 
 import renorm
 from csvfiles import Row
-from renorm.ops import extension
+from renorm.ops import backends
 from settings import cores
 
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -41,7 +41,7 @@ def describe(*packages: str) -> Row:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "renorm": renorm.__version__,
-        "renorm_kernels": extension.available(),
+        "renorm_kernels": backends.available["cpu"],
     }
     return description | {package: metadata.version(package) for package in packages}
 

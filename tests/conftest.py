@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 from hypothesis import settings
 
-from renorm.ops import extension
+from renorm.ops import backends
 
 torch.set_num_threads(1)  # the suite runs in parallel processes; and one long sum is the worst case for accuracy
 
@@ -38,15 +38,15 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.fixture(scope="module", params=["kernels", "torch"])
 def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Everything once with the C++ kernels, and once as it is where they were not built."""
-    if request.param == "kernels" and not extension.available():
+    if request.param == "kernels" and not backends.available["cpu"]:
         pytest.skip("the C++ kernels are not built")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extension, "_loaded", request.param == "kernels")
+        patch.setitem(backends.available, "cpu", request.param == "kernels")
         yield request.param
 
 
 @pytest.fixture
 def kernels() -> None:
     """For tests of the C++ kernels themselves."""
-    if not extension.available():
+    if not backends.available["cpu"]:
         pytest.skip("the C++ kernels are not built")

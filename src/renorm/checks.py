@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from .activation import require_activation
 from .grouping import Grouping
 
 
@@ -32,41 +31,6 @@ def check_input(x: Tensor, **per_channel: Tensor | None) -> None:
                 f"x must have as many channels in dimension 1 as {name}, of shape {tuple(tensor.shape)}, "
                 f"got {tuple(x.shape)}"
             )
-
-
-def check_batch(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    residual: Tensor | None,
-    act: str | None,
-) -> Tensor | None:
-    """Refuse what cannot be normalized together.
-
-    Args:
-        x: input, (N, C, *S).
-        weight: (C,), or None.
-        bias: (C,), or None.
-        mask: (N, *S) or broadcastable to it, or None.
-        running_mean: (C,), or None.
-        running_var: (C,), or None.
-        residual: shape of x, or None.
-        act: name of an activation, or None.
-
-    Returns:
-        The mask as (N, *S), or None.
-
-    Raises:
-        TypeError: x is not floating point, or the mask not boolean.
-        ValueError: a shape does not fit, or the activation is unknown.
-    """
-    check_input(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    check_residual(residual, x)
-    require_activation(act)
-    return None if mask is None else check_mask(mask, x)
 
 
 def check_groups(x: Tensor, grouping: Grouping, *, corrected: bool) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .layers import BatchRenorm2d
 from .limits import Limits
-from .ops import extension, gpu
+from .ops import backends
 from .selftest import selftest
 
 _OPTIONAL = (
@@ -86,11 +86,11 @@ def cpu_backend() -> Backend:
     wanted = os.environ.get("RENORM_CPU")
     if wanted == "off":
         return Backend("torch's own operations", "RENORM_CPU=off asks for them", "unset RENORM_CPU for the C++ kernels")
-    library = next(iter(Path(extension.__file__).parents[1].glob("_kernels.*")), None)
+    library = next(iter(backends.library_files()), None)
     if library is None:
         remedy = f"build the C++ kernels, with a C++17 compiler and in the source tree: {_BUILD}"
         return Backend("torch's own operations", "the C++ kernels were not built", remedy)
-    if not extension.available():
+    if not backends.available["cpu"]:
         remedy = f"build the C++ kernels against this torch, in the source tree: {_BUILD}"
         return Backend("torch's own operations", f"{library.name} does not load: {_why(library)}", remedy, works=False)
     held = f", held back by RENORM_CPU={wanted}" if wanted else ""
@@ -105,7 +105,7 @@ def gpu_backend() -> Backend:
     """
     if not torch.cuda.is_available():
         return Backend("none", "torch sees no GPU")
-    if gpu.suits(torch.empty(0, device="cuda")):
+    if backends.available["cuda"]:
         return Backend(f"Triton kernels on {torch.cuda.get_device_name()}", "Triton is installed")
     if os.environ.get("RENORM_GPU") == "off":
         return Backend("torch's own kernels", "RENORM_GPU=off asks for them", "unset RENORM_GPU for the Triton kernels")

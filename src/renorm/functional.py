@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .activation import Activation, require_activation
-from .checks import (
-    check_batch,
-    check_channels,
-    check_example_weight,
-    check_groups,
-    check_input,
-    check_limits,
-    check_mask,
-    check_residual,
-)
+from .activation import Activation
+from .checks import check_channels, check_input, check_limits
 from .grouping import Grouping
-from .moments import Moments
-from .ops.evaluation import evaluate
-from .ops.normalize import normalize
-from .ops.problem import Correction, Running
+from .moments import Moments, accumulation_dtype
+from .ops.dispatch import evaluate, normalize
+from .ops.problem import Correction, Inputs, Running, Settings, Target
 from .ops.tracking import update_running
 
 __all__ = ["batch_norm", "batch_renorm", "renormalize", "update_running", "weighted_batch_norm"]
@@ -70,9 +59,8 @@ def batch_norm(
         >>> y.tolist(), moments.mean.item(), moments.var.item()
         ([[-1.0], [1.0]], 2.0, 1.0)
     """
-    return normalize_batch(
-        x, weight, bias, mask, None, Grouping(examples_per_group, channels_per_group), eps, residual, act
-    )
+    settings = Settings(Grouping(examples_per_group, channels_per_group), eps, act)
+    return normalize(Inputs(x, weight, bias, mask, residual), settings, None)
 
 
 def batch_renorm(
@@ -131,10 +119,10 @@ def batch_renorm(
     """
     if not (isinstance(r_max, Tensor) or isinstance(d_max, Tensor)):  # asking a tensor would wait for its device
         check_limits(r_max, d_max)
-    running_mean, running_var = _statistics(x, running_mean, running_var)
-    running = Running(running_mean, running_var, r_max, d_max)
-    grouping = Grouping(examples_per_group, channels_per_group)
-    return normalize_batch(x, weight, bias, mask, running, grouping, eps, residual, act)
+    wide = accumulation_dtype(x.dtype)
+    target = Target(running_mean.to(wide), running_var.to(wide), r_max, d_max)
+    settings = Settings(Grouping(examples_per_group, channels_per_group), eps, act)
+    return normalize(Inputs(x, weight, bias, mask, residual), settings, target)
 
 
 def renormalize(
@@ -185,8 +173,9 @@ def renormalize(
     for name, value in (("r", r), ("d", d)):
         if value.shape != shape:
             raise ValueError(f"{name} must have one number per group, shape {shape}, got {tuple(value.shape)}")
-    dtype = _accumulation_dtype(x)
-    return normalize_batch(x, weight, bias, mask, Correction(r.detach().to(dtype), d.detach().to(dtype)), grouping, eps)
+    wide = accumulation_dtype(x.dtype)
+    correction = Correction(r.detach().to(wide), d.detach().to(wide))
+    return normalize(Inputs(x, weight, bias, mask), Settings(grouping, eps), correction)
 
 
 def weighted_batch_norm(
@@ -240,72 +229,6 @@ def weighted_batch_norm(
         >>> weighted_batch_norm(x, mean, var, example_weight=1.0, eps=0.0).tolist()
         [[[-1.0, 1.0]]]
     """
-    check_example_weight(example_weight)
-    check_input(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    check_channels(x.shape[1], Grouping(None, channels_per_group).channels_per_group)
-    check_residual(residual, x)
-    require_activation(act)
-    mask = None if mask is None else check_mask(mask, x)
-    running_mean, running_var = _statistics(x, running_mean, running_var)
-    return evaluate(
-        x, weight, bias, mask, residual, running_mean, running_var, example_weight, channels_per_group, eps, act
-    )
-
-
-def normalize_batch(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    correction: Running | Correction | None,
-    grouping: Grouping,
-    eps: float,
-    residual: Tensor | None = None,
-    act: Activation | None = None,
-) -> tuple[Tensor, Moments]:
-    """What the training functions share, and the layers call: refusals, empty batches, and the operation.
-
-    Args:
-        x: input, (N, C, *S), floating point.
-        weight: gamma, (C,), or None for 1.
-        bias: beta, (C,), or None for 0.
-        mask: True where an element counts, (N, *S) or broadcastable to it, or None.
-        correction: what r and d are computed from, or r and d themselves; None for batch norm.
-        grouping: which elements share statistics.
-        eps: added to the variance.
-        residual: added before the activation, shape of x, or None.
-        act: activation applied last, by name, or None.
-
-    Returns:
-        The output, and the moments of every channel in every example group.
-
-    Raises:
-        TypeError: x is not floating point, or the mask not boolean.
-        ValueError: a shape does not fit, or a group has a single element and no correction.
-    """
-    running_mean, running_var = correction[:2] if isinstance(correction, Running) else (None, None)
-    mask = check_batch(x, weight, bias, mask, running_mean, running_var, residual, act)
-    if x.numel() == 0:
-        return _empty(x, weight, bias)
-    check_groups(x, grouping, corrected=correction is not None)
-    return normalize(x, weight, bias, mask, correction, grouping, eps, residual, act)
-
-
-def _empty(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments]:
-    # Connected to weight and bias, so that their gradients are zeros rather than missing.
-    y = x.clone()
-    for parameter in (weight, bias):
-        if parameter is not None:
-            y = y + parameter.sum().to(x.dtype)
-    nothing = torch.zeros(1, x.shape[1], dtype=_accumulation_dtype(x), device=x.device)
-    return y, Moments(nothing, nothing, nothing[:, :1])
-
-
-def _statistics(x: Tensor, *statistics: Tensor) -> list[Tensor]:
-    wide = _accumulation_dtype(x)
-    # a cast to its own dtype would hide a statistic from what folds exported graphs
-    return [statistic if statistic.dtype == wide else statistic.to(wide) for statistic in statistics]
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    settings = Settings(Grouping(None, channels_per_group), eps, act)
+    running = Running(running_mean, running_var)
+    return evaluate(Inputs(x, weight, bias, mask, residual), settings, running, example_weight)

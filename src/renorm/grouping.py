@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Run(NamedTuple):
+    """Consecutive example groups of the same size.
+
+    Args:
+        examples: which of the batch they are made of.
+        groups: which of the batch's groups they are.
+        number: how many there are.
+    """
+
+    examples: slice
+    groups: slice
+    number: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,21 @@ class Grouping:
         if rest > 1:
             return [(whole, size), (1, rest)]
         return [(whole - 1, size), (1, size + 1)] if whole > 1 else [(1, num_examples)]
+
+    def runs(self, num_examples: int) -> list[Run]:
+        """The same with their places in the batch.
+
+        Args:
+            num_examples: examples in the batch, at least 1.
+
+        Returns:
+            One or two runs, in the order of the batch.
+        """
+        runs, example, group = [], 0, 0
+        for number, size in self.parts(num_examples):
+            runs.append(Run(slice(example, example + number * size), slice(group, group + number), number))
+            example, group = example + number * size, group + number
+        return runs
 
 
 def _require_size(name: str, value: object) -> None:

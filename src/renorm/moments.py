@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of sums and statistics over numbers of a type: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class Moments(NamedTuple):
@@ -47,3 +53,7 @@ class Moments(NamedTuple):
         mean = (share * self.mean).sum(dim, keepdim=True)
         var = (share * (self.var + (self.mean - mean).square())).sum(dim)
         return Moments(mean.squeeze(dim), var, total.squeeze(dim))
+
+    def finite(self) -> Tensor:
+        """Whether the moments of each set are finite in all channels, (groups,) of (groups, channels)."""
+        return (0 * (self.mean + self.var)).sum(-1) == 0  # 0 times anything else is not a number

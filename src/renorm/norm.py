@@ -10,23 +10,21 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.fx.proxy import Proxy
 
-from . import functional as F
 from .activation import Activation, require_activation
 from .checks import check_channels, check_example_weight
 from .grouping import Grouping
 from .limits import Limits
 from .moments import Moments
 from .occasions import Occasion, occasion_of
-from .ops.normalize import suits_kernels
-from .ops.problem import Running
-from .ops.tracking import Tracking, require_tracking
-from .state import Sync, Tracked
-from .step import correction, train
-from .workers.batch import normalize as normalize_over_workers
+from .ops.dispatch import evaluate, normalize, target, train
+from .ops.problem import Inputs, Running, Settings, Target
+from .ops.tracking import Rule, Tracking, rule_of
+from .state import State, Sync
+from .workers.batch import normalize_over_workers
 from .workers.group import Workers
 
 
-class Norm(Tracked):
+class Norm(State):
     """Batch normalization with everything that can be set about it; the named layers are settings of this one.
 
     The state dict is nn.BatchNorm's, key for key, in both directions. Running statistics are kept in float32 at
@@ -89,7 +87,7 @@ class Norm(Tracked):
         super().__init__()
         self.grouping = Grouping(examples_per_group, channels_per_group)
         check_channels(num_features, channels_per_group)
-        require_tracking(tracking)
+        rule_of(tracking)
         require_activation(act)
         if not isinstance(limits, Limits | None):
             raise TypeError(
@@ -163,7 +161,7 @@ class Norm(Tracked):
         own = self._fused_activation()
         if act is not None and own is not None:
             raise ValueError(f"act must be None for a layer that has act={own!r} of its own, got {act!r}")
-        return self._finish(self._normalize(x, mask, residual, act or own))
+        return self._finish(self._normalize(Inputs(x, self.weight, self.bias, mask, residual), act or own))
 
     def _fused_activation(self) -> Activation | None:
         return self.act
@@ -186,85 +184,46 @@ class Norm(Tracked):
                 f"x must have num_features={self.num_features} channels in dimension 1, got shape {tuple(x.shape)}"
             )
 
-    def _normalize(self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None) -> Tensor:
-        if self.training or not self.track_running_stats:
-            return self._normalize_batch(x, mask, residual, act)
-        return self._evaluate(x, mask, residual, act, self.running_mean, self.running_var)
-
-    def _evaluate(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        residual: Tensor | None,
-        act: Activation | None,
-        running_mean: Tensor,
-        running_var: Tensor,
-    ) -> Tensor:
-        return F.weighted_batch_norm(
-            x, running_mean, running_var, self.weight, self.bias,
-            example_weight=self.example_weight, mask=mask, channels_per_group=self.channels_per_group, eps=self.eps,
-            residual=residual, act=act,
-        )  # fmt: skip
-
-    def _normalize_batch(
-        self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None
-    ) -> Tensor:
-        eps = self.eps * 1.0  # the compiler must meet a float of the module outside autograd.Function first
+    def _normalize(self, inputs: Inputs, act: Activation | None) -> Tensor:
+        if self.track_running_stats and not self.training:
+            running = Running(self.running_mean, self.running_var)
+            return evaluate(inputs, Settings(self.grouping, self.eps, act), running, self.example_weight)
+        # the compiler must meet a float of the module outside autograd.Function first
+        settings = Settings(self.grouping, self.eps * 1.0, act)
         has_workers = self.sync is not None and self.workers.number > 1
         if not self.track_running_stats:
-            normalize = self._normalize_over_workers if has_workers else self._normalize_here
-            return normalize(x, mask, residual, act, None, eps)[0]
+            return (self._over_workers if has_workers else self._here)(inputs, settings, None)[0]
         state = self._state()
         occasion = occasion_of(self, state, self.blocks, sees_state=self.limits is not None)
         if has_workers:
             occasion = occasion or Occasion(state, "batch", moves=True)
-            y: Tensor = _in_eager_mode(self._normalize_apart, x, mask, residual, act, occasion, eps)
+            y: Tensor = _in_eager_mode(self._normalize_apart, inputs, settings, occasion)
             return y
         if occasion is not None:
-            return self._normalize_apart(x, mask, residual, act, occasion, eps)
-        return train(
-            x, self.weight, self.bias, mask, residual, state, self.limits, self.grouping, eps, act,
-            self.tracking, self.momentum,
-        )  # fmt: skip
+            return self._normalize_apart(inputs, settings, occasion)
+        return train(inputs, settings, state, self.limits, Rule(self.tracking, self.momentum))
 
-    def _normalize_apart(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        residual: Tensor | None,
-        act: Activation | None,
-        occasion: Occasion,
-        eps: float,
-    ) -> Tensor:
+    def _normalize_apart(self, inputs: Inputs, settings: Settings, occasion: Occasion) -> Tensor:
         """A training forward that is not the ordinary one: in a block, in a checkpoint, or with other workers."""
         if occasion.statistics == "running":
             # copies, since the buffers may move before the backward
-            mean, var = occasion.state.mean.clone(), occasion.state.var.clone()
-            return self._evaluate(x, mask, residual, act, mean, var)
-        running = correction(x, occasion.state, self.limits, suits_kernels(x, residual))
+            running = Running(occasion.state.mean.clone(), occasion.state.var.clone())
+            return evaluate(inputs, settings, running, self.example_weight)
         shares = self.sync == "batch" and self.workers.number > 1
-        normalize = self._normalize_over_workers if shares else self._normalize_here
-        y, batches = normalize(x, mask, residual, act, running, eps)
+        towards = target(inputs, occasion.state, self.limits)
+        y, batches = (self._over_workers if shares else self._here)(inputs, settings, towards)
         if occasion.moves:
             self.commit(batches)
         self._merge_after(y, occasion)
         return y
 
-    def _normalize_here(
-        self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None,
-        running: Running | None, eps: float,
-    ) -> tuple[Tensor, list[Moments]]:  # fmt: skip
-        y, moments = F.normalize_batch(x, self.weight, self.bias, mask, running, self.grouping, eps, residual, act)
+    def _here(self, inputs: Inputs, settings: Settings, towards: Target | None) -> tuple[Tensor, list[Moments]]:
+        y, moments = normalize(inputs, settings, towards)
         return y, [moments]
 
-    def _normalize_over_workers(
-        self, x: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None,
-        running: Running | None, eps: float,
-    ) -> tuple[Tensor, list[Moments]]:  # fmt: skip
+    def _over_workers(self, inputs: Inputs, settings: Settings, towards: Target | None) -> tuple[Tensor, list[Moments]]:
         """The output, and the moments, with a batch of no elements that is not finite if a worker was left out."""
-        y, moments, left_out = normalize_over_workers(
-            x, self.weight, self.bias, mask, residual, running, self.channels_per_group, eps, act, self.workers
-        )
+        y, moments, left_out = normalize_over_workers(inputs, settings, towards, self.workers)
         nothing = torch.zeros_like(moments.mean)
         return y, [moments, Moments(nothing.masked_fill(left_out > 0, torch.nan), nothing, nothing[:, :1])]
 

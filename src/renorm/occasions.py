@@ -19,7 +19,7 @@ import torch
 
 from . import recomputation
 from .moments import Moments
-from .ops.tracking import RunningState
+from .ops.problem import RunningState
 
 Statistics = Literal["batch", "running"]
 

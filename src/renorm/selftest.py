@@ -15,7 +15,7 @@ from .grouping import Grouping
 from .limits import Limits
 from .norm import Norm
 from .ops import reference
-from .ops.problem import Running
+from .ops.problem import Inputs, Settings, Target
 from .ops.tracking import update_running
 
 # Largest error, in units of the largest number or of 1: some roundings of the dtype.
@@ -143,10 +143,11 @@ def _expected(layer: Norm, x: Tensor, dy: Tensor, mask: Tensor | None, grouping:
     tensors: list[Any] = [x, dy, layer.weight, layer.bias, layer.running_mean, layer.running_var]
     x, dy, weight, bias, mean, var = (tensor.detach().cpu().double() for tensor in tensors)
     limits = layer.limits
-    running = None if limits is None else Running(mean, var, limits.r_max, limits.d_max)
+    target = None if limits is None else Target(mean, var, limits.r_max, limits.d_max)
+    inputs, settings = Inputs(x, weight, bias, mask), Settings(grouping, _EPS)
     with torch.no_grad():
-        y, moments, correction = reference.forward(x, weight, bias, mask, running, grouping, _EPS)
-        gradients = reference.backward(dy, x, weight, mask, moments, correction, grouping, _EPS)
+        y, moments, correction = reference.forward(inputs, settings, target)
+        gradients = reference.backward(dy, inputs, settings, moments, correction)
         running_mean, running_var = update_running(
             mean, var, moments,
             momentum=0.5, tracking=layer.tracking, channels_per_group=grouping.channels_per_group, eps=_EPS,

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .grouping import Grouping
-from .moments import Moments
+from .moments import Moments, accumulation_dtype
 from .occasions import Blocks, counts, innermost_accumulation
-from .ops.tracking import RunningState, Tracking, commit_together
+from .ops.dispatch import track
+from .ops.problem import RunningState, Settings
+from .ops.tracking import Rule, Tracking
 from .workers.group import Workers
 from .workers.pool import Pool, pool_of
-from .workers.sums import Rule
+from .workers.sums import Layer
 
 Sync = Literal["running", "batch"]
 _serials = count()
@@ -23,7 +25,7 @@ _STATISTICS = ("running_mean", "running_var")
 _STATE = (*_STATISTICS, "num_batches_tracked", "num_batches_skipped")
 
 
-class Tracked(nn.Module):
+class State(nn.Module):
     """nn.BatchNorm's state, and its moves: at once, after a block of `renorm.accumulate`, or merged over workers."""
 
     num_features: int
@@ -56,7 +58,7 @@ class Tracked(nn.Module):
         def statistic() -> Tensor | None:
             if not self.track_running_stats:
                 return None
-            wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+            wide = accumulation_dtype(dtype or torch.get_default_dtype())
             return torch.empty(self.num_features, device=device, dtype=wide)
 
         def counter() -> Tensor | None:
@@ -161,9 +163,9 @@ class Tracked(nn.Module):
         return self.sync != "batch" or self.workers.rank == 0
 
     @property
-    def rule(self) -> Rule:
+    def sums(self) -> Layer:
         """Which sums over workers the running statistics need."""
-        return Rule(self.num_features, self.tracking, self.grouping.channels_per_group, float(self.eps))
+        return Layer(self.num_features, self.tracking, self.grouping.channels_per_group, float(self.eps))
 
     def commit_merged(self, moments: Moments, left_out: Tensor) -> None:
         """Move the running statistics once, by the batches of all workers.
@@ -176,10 +178,11 @@ class Tracked(nn.Module):
         self._move([moments])
 
     def _move(self, batches: Sequence[Moments]) -> None:
-        commit_together(
-            self._state(), batches, momentum=self.momentum, tracking=self.tracking,
-            channels_per_group=self.grouping.channels_per_group, eps=self.eps,
-        )  # fmt: skip
+        if not batches:
+            return
+        state = self._state()
+        moments = batches[0] if len(batches) == 1 else _as_groups_of_one(batches, state)
+        track(state, moments, Rule(self.tracking, self.momentum), Settings(self.grouping, self.eps))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers[name] for name in _STATISTICS}
@@ -201,7 +204,7 @@ class Tracked(nn.Module):
             for name in _STATISTICS:
                 loaded = state_dict.get(prefix + name)
                 if loaded is not None:  # load_state_dict(assign=True) would take over half precision
-                    state_dict[prefix + name] = loaded.to(torch.promote_types(loaded.dtype, torch.float32))
+                    state_dict[prefix + name] = loaded.to(accumulation_dtype(loaded.dtype))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -212,3 +215,15 @@ class Tracked(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Copies are outside of the blocks, which would never end for them.
         return {name: value for name, value in self.__dict__.items() if name != "blocks"}
+
+
+def _as_groups_of_one(batches: Sequence[Moments], state: RunningState) -> Moments:
+    """Several batches as one, without those that are not finite, which are counted."""
+    with torch.no_grad():
+        sizes = [len(moments.mean) for moments in batches]
+        together = Moments(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+        of_batches = torch.stack([groups.all() for groups in together.finite().split(sizes)])
+        state.skipped.add_((~of_batches).sum())
+        sizes_on_device = torch.tensor(sizes, device=of_batches.device)
+        kept = of_batches.repeat_interleave(sizes_on_device, output_size=len(together.mean))[:, None]
+        return Moments(*(part.where(kept, 0) for part in together))

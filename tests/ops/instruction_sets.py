@@ -9,7 +9,7 @@ import os
 import torch
 
 from renorm import functional
-from renorm.ops import extension
+from renorm.ops import backends
 
 torch.manual_seed(0)
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -20,7 +20,7 @@ SETS = ("baseline", "avx2", "avx512")
 
 
 def main() -> None:
-    assert extension.available()
+    assert backends.available["cpu"]
     # A machine may have less than what is asked for, never more.
     assert SETS.index(torch.ops.renorm.instruction_set()) <= SETS.index(os.environ["RENORM_CPU"])
     combinations = itertools.product(TOLERANCE, SHAPES, (False, True), (None, "relu", "gelu"), (False, True))
@@ -32,7 +32,7 @@ def main() -> None:
         dy = torch.randn(shape, dtype=torch.float64).to(dtype)
         results = []
         for kernels, leaf in ((True, x.clone().requires_grad_()), (False, x.double().requires_grad_())):
-            extension._loaded = kernels
+            backends.available["cpu"] = kernels
             y, _ = functional.batch_norm(leaf, act=act, mask=mask, examples_per_group=3)
             results.append((y, *torch.autograd.grad(y, leaf, dy.to(y.dtype))))
         for actual, expected in zip(*results, strict=True):

@@ -19,6 +19,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from renorm.grouping import Grouping
+from renorm.ops.problem import Inputs, Running, RunningState, Settings
+from renorm.ops.schema import Saved
+from renorm.ops.tracking import Rule
 from renorm.ops.triton import backward, forward, launch, settle, tracking
 
 _MODULES = (forward, backward, settle, tracking)
@@ -55,21 +59,18 @@ def layers() -> None:
             counters = [torch.empty((), dtype=torch.int64, device="meta") for _ in range(2)]
             limit = torch.empty((), device="meta")
             for residual, act, grouping in (
-                (None, "none", (None, 1)),
-                (x, "relu", (None, 1)),
-                (x, "gelu", (2, channels // 4)),
+                (None, None, Grouping()),
+                (x, "relu", Grouping()),
+                (x, "gelu", Grouping(2, channels // 4)),
             ):
                 weight, bias, mean, var = numbers
-                statistics = (mean, var, *counters, limit, limit)
-                settings = (*grouping, 1e-5, act, "std", 0.01)
-                _, count, coefficients = launch.normalize_and_track(
-                    x, weight, bias, None, residual, *statistics, *settings
-                )
-                launch.normalize_backward(
-                    x, x, weight, None, None, residual, count, coefficients, *grouping, act, residual is not None
-                )
-                launch.evaluate(x, weight, bias, None, residual, mean, var, 0.1, grouping[1], 1e-5, act)
-                launch.evaluate(x, weight, bias, None, residual, mean, var, 0.0, grouping[1], 1e-5, act)
+                inputs, settings = Inputs(x, weight, bias, None, residual), Settings(grouping, 1e-5, act)
+                state, rule = RunningState(mean, var, *counters), Rule("std", 0.01)
+                _, count, coefficients = launch.normalize_and_track(inputs, settings, state, (limit, limit), rule)
+                saved = Saved(x, weight, bias, None, None, residual, count, coefficients)
+                launch.normalize_backward(x, saved, settings, residual is not None)
+                launch.evaluate(inputs, settings, Running(mean, var), 0.1)
+                launch.evaluate(inputs, settings, Running(mean, var), 0.0)
 
 
 def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], capability: int) -> dict[str, Any]:

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from renorm import functional
 from renorm.activation import activate
+from renorm.grouping import Grouping
 from renorm.moments import Moments
-from renorm.ops import extension, gpu
-from renorm.ops.tracking import RunningState, commit
+from renorm.ops import backends, dispatch
+from renorm.ops.problem import Correction, Inputs, Running, RunningState, Settings, Target
+from renorm.ops.schema import Saved
+from renorm.ops.tracking import Rule
 
 pytest.importorskip("triton")
 from renorm.ops.triton import launch, tiles
-from renorm.ops.triton.tracking import track
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -30,8 +32,8 @@ ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "gelu")
 
 @pytest.fixture(autouse=True)
 def _on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(extension, "_loaded", False)
-    monkeypatch.setattr(gpu, "_available", False)  # what is compared with goes by torch's operations
+    for device in backends.available:  # what is compared with goes by torch's operations
+        monkeypatch.setitem(backends.available, device, False)
     with torch.device(DEVICE):
         yield
 
@@ -88,11 +90,12 @@ def test_forward_and_gradients_agree_with_torch_in_float64(
         gradients = torch.autograd.grad(exact, leaves if has_residual else leaves[:3], dy.double())
 
         given = residual if has_residual else None
+        settings = Settings(Grouping(*grouping), 1e-5, act)
         y, *moments, coefficients = launch.normalize(
-            x, weight, bias, mask, given, mean, var, *limits, None, None, *grouping, 1e-5, act or "none"
+            Inputs(x, weight, bias, mask, given), settings, Target(mean, var, *limits)
         )
-        arguments = (moments[2], coefficients, *grouping, act or "none", has_residual)
-        found = launch.normalize_backward(dy, x, weight, mask, given, None, *arguments)[: 3 + has_residual]
+        saved = Saved(x, weight, bias, mask, given, None, moments[2], coefficients)
+        found = launch.normalize_backward(dy, saved, settings, has_residual)[: 3 + has_residual]
 
         case = (dtype, has_residual, has_mask, act)
         assert y.dtype == dtype, case
@@ -106,11 +109,12 @@ def test_forward_and_gradients_agree_with_torch_in_float64(
 def test_gradients_come_from_the_output_as_from_the_input(in_two: bool) -> None:
     for act in ("relu", "relu6", "leaky_relu"):
         x, residual, dy = (torch.randn(5, 4, 7) for _ in range(3))
-        rest = (*(None,) * 7, 1, 1e-5, act)
-        y, _, _, count, coefficients = launch.normalize(x, None, None, None, residual, *rest)
-        arguments = (count, coefficients, None, 1, act, True)
-        from_x = launch.normalize_backward(dy, x, None, None, residual, None, *arguments)
-        from_y = launch.normalize_backward(dy, x, None, None, None, y, *arguments)
+        settings = Settings(Grouping(), 1e-5, act)
+        y, _, _, count, coefficients = launch.normalize(Inputs(x, residual=residual), settings, None)
+        kept_residual = Saved(x, None, None, None, residual, None, count, coefficients)
+        kept_y = kept_residual._replace(residual=None, y=y)
+        from_x = launch.normalize_backward(dy, kept_residual, settings, True)
+        from_y = launch.normalize_backward(dy, kept_y, settings, True)
         for one, other in zip(from_x, from_y, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
 
@@ -120,7 +124,7 @@ def test_r_and_d_may_be_given(grouping: tuple[int | None, int], in_two: bool) ->
     x, weight, bias = torch.randn(5, 4, 5), torch.randn(4), torch.randn(4)
     groups = 1 if grouping[0] is None else {2: 2, 1: 5}[grouping[0]]
     r, d = (torch.rand(groups, 4 // grouping[1]) + 0.5 for _ in range(2))
-    y, *_ = launch.normalize(x, weight, bias, None, None, None, None, None, None, r, d, *grouping, 1e-5, "none")
+    y, *_ = launch.normalize(Inputs(x, weight, bias), Settings(Grouping(*grouping), 1e-5), Correction(r, d))
     exact, _ = functional.renormalize(
         x.double(), r.double(), d.double(), weight.double(), bias.double(),
         examples_per_group=grouping[0], channels_per_group=grouping[1],
@@ -136,7 +140,8 @@ def test_evaluation_agrees(alpha: float, k: int, channels_last: bool, in_two: bo
         x = draw((3, 4, 4, 5), torch.float32, channels_last)
         residual, weight, bias, mean = torch.randn_like(x), torch.randn(4), torch.randn(4), torch.randn(4)
         var, mask = torch.rand(4) + 0.5, torch.rand(3, 4, 5) < 0.6 if has_mask else None
-        y = launch.evaluate(x, weight, bias, mask, residual, mean, var, alpha, k, 1e-5, act or "none")
+        inputs = Inputs(x, weight, bias, mask, residual)
+        y = launch.evaluate(inputs, Settings(Grouping(None, k), 1e-5, act), Running(mean, var), alpha)
         exact = functional.weighted_batch_norm(
             x.double(), mean.double(), var.double(), weight.double(), bias.double(), example_weight=alpha, mask=mask,
             channels_per_group=k, residual=residual.double(), act=act,
@@ -154,18 +159,19 @@ def test_running_statistics_move_as_elsewhere(tracking: Any, momentum: float | N
             RunningState(torch.full((5,), 0.5), torch.full((5,), 2.0), torch.tensor(3), torch.tensor(1))
             for _ in range(2)
         ]
-        track(*states[0], *moments, tracking, momentum, 1, 1e-5)
-        commit(states[1], moments, momentum=momentum, tracking=tracking, channels_per_group=1, eps=1e-5)
+        rule, settings = Rule(tracking, momentum), Settings(Grouping(), 1e-5)
+        launch.track(states[0], moments, rule, settings)
+        dispatch.track(states[1], moments, rule, settings)
         for ours, expected in zip(*states, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_limits_may_be_in_memory(in_two: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, mean, var = torch.randn(6, 4, 5) * 3 + 2, torch.zeros(4), torch.ones(4)
-    arguments = (x, None, None, None, None, mean, var, torch.tensor(1.2), torch.tensor(0.3), None, None, None, 1, 1e-5)
-    by_number = launch.normalize(*arguments, "none")
+    arguments = Inputs(x), Settings(Grouping(), 1e-5), Target(mean, var, torch.tensor(1.2), torch.tensor(0.3))
+    by_number = launch.normalize(*arguments)
     monkeypatch.setattr(launch, "_limits", lambda r_max, d_max: (r_max, d_max))
-    for one, other in zip(launch.normalize(*arguments, "none"), by_number, strict=True):
+    for one, other in zip(launch.normalize(*arguments), by_number, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
@@ -173,7 +179,7 @@ def test_limits_may_be_in_memory(in_two: bool, monkeypatch: pytest.MonkeyPatch) 
 def test_a_large_mean_costs_no_digits(channels_last: bool, in_two: bool) -> None:
     x = draw((40, 3, 9), torch.float64, channels_last).add(1e4).float()
     x[0] -= 1e4
-    y, _, var, *_ = launch.normalize(x, *(None,) * 11, 1, 1e-5, "none")
+    y, _, var, *_ = launch.normalize(Inputs(x), Settings(Grouping(), 1e-5), None)
     exact, moments = functional.batch_norm(x.double())
     assert error(y, exact) < 1e-5
     assert error(var / moments.var, torch.ones(1)) < 1e-5

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import renorm
-from renorm.ops import extension
+from renorm.ops import backends
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
@@ -40,7 +40,7 @@ for _ in range(5):
     optimizer.step()
     losses.append(loss.item())
 assert losses[-1] < losses[0], losses
-print(renorm.__file__, renorm.__version__, extension.available(), sep="\\n")
+print(renorm.__file__, renorm.__version__, backends.available["cpu"], sep="\\n")
 """
 
 

@@ -12,7 +12,7 @@ from .. import layers
 from ..integrations.timm import NormAct
 from ..modules import carry_over
 from ..norm import Norm
-from ..ops.statistics import pool_running
+from ..ops.statistics import merge_running
 from .targets import DIMENSIONS
 
 
@@ -72,7 +72,7 @@ def _plain_class(layer: Norm) -> type[nn.Module]:
 def _fit_statistics(layer: Norm, new: Any) -> None:
     k = layer.channels_per_group
     if k > 1:
-        group = pool_running(layer.running_mean, layer.running_var, k)
+        group = merge_running(layer.running_mean, layer.running_var, k)
         new.running_mean, new.running_var = (m[0].repeat_interleave(k) for m in (group.mean, group.var))
     dtype = new.running_mean.dtype if layer.weight is None else layer.weight.dtype
     if dtype.itemsize < new.running_mean.dtype.itemsize:

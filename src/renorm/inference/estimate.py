@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..grouping import Grouping
 from ..limits import Limits
 from ..moments import Moments
 from ..norm import Norm
 from ..occasions import Accumulation, counts
-from ..ops.statistics import center
+from ..ops.statistics import moments_of
 from ..ops.tracking import update_running
 from ..workers.group import Workers
-from ..workers.sums import Rule, from_sums, to_sums
+from ..workers.sums import Layer, from_sums, to_sums
 from .passes import Forward, arguments, batch_statistics, forward, tracking_layers
 
 _PLAIN = Limits.constant(r_max=1.0, d_max=0.0)  # batch norm, and single elements are still taken
@@ -65,7 +66,7 @@ def estimate(model: nn.Module, loader: Iterable[Any], *, forward: Forward = forw
     """
     layers = tracking_layers(model)
     _refuse_frozen(layers)
-    rules = [_rule(layer) for layer in layers.values()]
+    rules = [_sums(layer) for layer in layers.values()]
     device = next(iter(layers.values())).running_mean.device
     total = torch.zeros_like(to_sums(rules, [[] for _ in rules], device))
     with _watched(model, list(layers.values())) as seen:
@@ -80,8 +81,8 @@ def estimate(model: nn.Module, loader: Iterable[Any], *, forward: Forward = forw
     return model
 
 
-def _rule(layer: Any) -> Rule:
-    return layer.rule if isinstance(layer, Norm) else Rule(layer.num_features, "var", 1, float(layer.eps))
+def _sums(layer: Any) -> Layer:
+    return layer.sums if isinstance(layer, Norm) else Layer(layer.num_features, "var", 1, float(layer.eps))
 
 
 def _refuse_frozen(layers: dict[str, Any]) -> None:
@@ -116,12 +117,12 @@ def _noting(block: Accumulation) -> Any:
     def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         x, _ = arguments(inputs, named)
         if x.numel() > 0:
-            block.batches.append(center(x[None], None)[2])
+            block.batches.append(moments_of(x, None, Grouping()))
 
     return hook
 
 
-def _write(layers: dict[str, Any], rules: list[Rule], total: Tensor) -> None:
+def _write(layers: dict[str, Any], rules: list[Layer], total: Tensor) -> None:
     found, left_out = from_sums(total, rules, [layer.running_var for layer in layers.values()])
     counts = [float(moments.count) for moments in found]
     unseen = [name or "(root)" for name, count in zip(layers, counts, strict=True) if count == 0]

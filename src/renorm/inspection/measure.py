@@ -14,8 +14,9 @@ from ..inference.passes import arguments
 from ..limits import Limits
 from ..moments import Moments
 from ..norm import Norm
-from ..ops.problem import Running
-from ..ops.statistics import center, correct, pool, pool_running, spread
+from ..ops.problem import Target
+from ..ops.statistics import correct, merge_channels, merge_running, moments_of, spread
+from ..ops.tracking import rule_of
 from .report import LayerReport
 
 _DEAD, _NEARLY_DEAD = 1e-3, 1e-2  # standard deviation of a channel's output at evaluation
@@ -60,11 +61,11 @@ class Measurement:
                 f"loader has a batch of one element per channel at layer {self.name or '(root)'}, which nn.BatchNorm "
                 "cannot normalize in training: give batches as the model was trained on, with drop_last=True"
             )
-        k, target = self._channels_per_group, self._running()
+        k, target = self._channels_per_group, self._target()
         examples = _examples(x, mask)
         for part in _parts(examples, self._grouping):
             channel = part.moments.merged(dim=1)  # (G, C)
-            group = pool(channel, k)
+            group = merge_channels(channel, k)
             r, d = correct(group, target, k, self._eps)
             counted = group.count[:, 0] > 0
             self._r.append(r[counted].cpu())
@@ -81,12 +82,12 @@ class Measurement:
         x, mask = arguments(inputs, named)
         if x.numel() == 0:
             return
-        outputs = center(output[None], None if mask is None else mask[None, :, None])[2]
+        outputs = moments_of(output, mask, Grouping())
         self._outputs.append(Moments(*(moment[0].cpu() for moment in outputs)))
         examples, k = _examples(x, mask), self._channels_per_group
         alpha = getattr(self.layer, "example_weight", 0.0)
-        running = pool_running(self.layer.running_mean, self.layer.running_var, k)
-        own = pool(examples.moments, k)
+        running = merge_running(self.layer.running_mean, self.layer.running_var, k)
+        own = merge_channels(examples.moments, k)
         difference = own.mean - running.mean
         var = (1 - alpha) * running.var + alpha * own.var + alpha * (1 - alpha) * difference.square()
         mean, sigma = spread(running.mean + alpha * difference, k), spread((var + self._eps).sqrt(), k)
@@ -116,7 +117,7 @@ class Measurement:
         )  # fmt: skip
 
     def _scale(self, r: Tensor, elements: Tensor) -> float:
-        if getattr(self.layer, "tracking", "var") == "std":
+        if rule_of(getattr(self.layer, "tracking", "var")).averages_sigma:
             return float(r.mean(0).median())
         # a running variance is unbiased, or nearly, and that of a group of m elements (m - 1) / m of it
         unbiased = r.square() * (elements / (elements - 1).clamp(min=1))[:, None]
@@ -152,13 +153,13 @@ class Measurement:
     def _grouping(self) -> Grouping:
         return self.layer.grouping if isinstance(self.layer, Norm) else Grouping()
 
-    def _running(self) -> Running:
+    def _target(self) -> Target:
         layer = self.layer
-        return Running(layer.running_mean, layer.running_var, math.inf, math.inf)
+        return Target(layer.running_mean, layer.running_var, math.inf, math.inf)
 
 
 def _examples(x: Tensor, mask: Tensor | None) -> _Examples:
-    moments = center(x[:, None], None if mask is None else mask[:, None, None])[2]
+    moments = moments_of(x, mask, Grouping(examples_per_group=1))
     positions = x.flatten(2) if x.ndim > 2 else x[..., None]
     low = high = positions
     if mask is not None:

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from ..grouping import Grouping
 from ..inference.passes import arguments, tracking_layers
 from ..inspection.measure import quantiles
-from ..moments import Moments
 from ..norm import Norm
 from ..occasions import Frozen
-from ..ops.problem import Correction, Running
-from ..ops.statistics import center, correct, pool
+from ..ops.problem import Correction, Target
+from ..ops.statistics import correct, merge_channels, moments_of
 from ..recomputation import is_backward
 
 _KEPT = 64  # measurements of a layer, if nobody asks
@@ -143,11 +142,9 @@ def _measure(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor | None:
         return None
     is_ours = isinstance(layer, Norm)
     grouping: Grouping = layer.grouping if is_ours else Grouping()
-    groups = [pool(moments, grouping.channels_per_group) for moments in _moments(x, mask, grouping)]
-    group = Moments(*(torch.cat([t.expand_as(g.mean) for t, g in zip(ts, groups, strict=True)])
-                      for ts in zip(*groups, strict=True)))  # fmt: skip
-    running = Running(layer.running_mean, layer.running_var, math.inf, math.inf)
-    wanted = correct(group, running, grouping.channels_per_group, layer.eps)
+    group = merge_channels(moments_of(x, mask, grouping), grouping.channels_per_group)
+    target = Target(layer.running_mean, layer.running_var, math.inf, math.inf)
+    wanted = correct(group, target, grouping.channels_per_group, layer.eps)
     limits = layer.limits if is_ours else None
     r_max, d_max = (1.0, 0.0) if limits is None else limits(layer.num_batches_tracked, wanted.r.dtype)
     applied = Correction(wanted.r.clamp(1 / r_max, r_max), wanted.d.clamp(-d_max, d_max))
@@ -156,14 +153,3 @@ def _measure(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor | None:
     gap = (wanted.r - applied.r).square() * spread + (wanted.d - applied.d).square()
     rows = torch.stack((*wanted, applied.r != wanted.r, applied.d != wanted.d, gap))
     return rows.where(group.count > 0, torch.nan).flatten(1)
-
-
-def _moments(x: Tensor, mask: Tensor | None, grouping: Grouping) -> list[Moments]:
-    """Of every channel in every example group, (G, C), by runs of equal groups."""
-    found, start = [], 0
-    for groups, size in grouping.parts(len(x)):
-        part = slice(start, start + groups * size)
-        view_mask = None if mask is None else mask[part].unflatten(0, (groups, size)).unsqueeze(2)
-        found.append(center(x[part].unflatten(0, (groups, size)), view_mask)[2])
-        start = part.stop
-    return found

@@ -2,76 +2,30 @@
 
 The mathematics is that of `reference`, arranged for speed: what is big, (N, C, *S), is read as seldom as torch's
 kernels allow, and of the operations on what is small, (C,), each costs a microsecond or more.
+
+On the CPU the sums come from the kernel of batch norm's backward. On a GPU the kernels are those of synchronized batch
+norm: they take the statistics apart from their application, which leaves room for r and d between the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from ..grouping import Grouping
 from ..moments import Moments
-from .problem import Correction, Forward, Gradients, Running
+from .problem import Correction, Gradients, Implementation, Inputs, Normalized, Settings, Target
 
 # The kernel for channels_last sums naively: over this many squares in float32 its error stays near 1e-6.
 _ROWS_PER_SUM = 2**14
 
 
-def suits(x: Tensor, mask: Tensor | None, grouping: Grouping) -> bool:
-    """Whether `forward` and `backward` can take the place of the reference.
-
-    Args:
-        x: input, (N, C, *S).
-        mask: mask, or None.
-        grouping: which elements share statistics.
-
-    Returns:
-        True for a per-channel group of the whole batch on a CPU, in eager mode, and not where a second backward
-        must see how the moments depend on x.
-    """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    if x.device.type != "cpu" or mask is not None or x.dtype not in (torch.float32, torch.float64):
-        return False
-    return grouping.is_plain(x.shape[0]) and _is_laid_out_plainly(x)
-
-
-def _is_laid_out_plainly(x: Tensor) -> bool:
-    # torch's kernels err on other strides, even where those of a dimension of size 1 are all that differs
-    positions = range(x.ndim - 1, 1, -1)
-    return x.stride() in (_dense_strides(x, (*positions, 1, 0)), _dense_strides(x, (1, *positions, 0)))
-
-
-def _dense_strides(x: Tensor, dims_from_innermost: Iterable[int]) -> tuple[int, ...]:
-    strides, step = [0] * x.ndim, 1
-    for dim in dims_from_innermost:
-        strides[dim] = step
-        step *= x.shape[dim]
-    return tuple(strides)
-
-
-def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, correction: Running | Correction | None, eps: float
-) -> Forward:
-    """`reference.forward` for one group per channel.
-
-    Args:
-        x: input, (N, C, *S), float32 or float64, not empty.
-        weight: gamma, (C,), or None for 1.
-        bias: beta, (C,), or None for 0.
-        correction: what r and d are computed from, or r and d themselves; None for batch norm.
-        eps: added to the variance.
-
-    Returns:
-        The output, the moments, and r and d.
-    """
+def _forward_on_cpu(inputs: Inputs, settings: Settings, correction: Target | Correction | None) -> Normalized:
+    x, weight, bias, *_ = inputs
     centered, drift, mean, var = _center(x)
-    scale = (var + eps).rsqrt_()
+    scale = (var + settings.eps).rsqrt_()
     shift = None
     if correction is not None:
-        r, d = correct(mean, scale, correction, eps) if isinstance(correction, Running) else _squeezed(correction)
+        r, d = _r_and_d(mean, scale, correction, settings.eps)
         correction = Correction(r[None], d[None])
         scale, shift = scale * r, d
     if weight is not None:
@@ -82,37 +36,84 @@ def forward(
         offset = offset + bias.to(scale.dtype)
     per_channel = (-1,) + (1,) * (x.ndim - 2)
     y = _scale_shift_(centered, scale.view(per_channel), offset.view(per_channel))
-    count = scale.new_full((1, 1), x.numel() // x.shape[1])
-    return Forward(y, Moments(mean[None], var[None], count), correction)
+    return _normalized(y, x, mean, var, correction)
 
 
-def backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, moments: Moments, correction: Correction | None, eps: float
+def _backward_on_cpu(
+    dy: Tensor, inputs: Inputs, settings: Settings, moments: Moments, correction: Correction | None
 ) -> Gradients:
-    """`reference.backward` for one group per channel: batch norm's backward with gamma * r in place of gamma.
-
-    Args:
-        dy: gradient of the output, (N, C, *S).
-        x: input of the forward.
-        weight: gamma, (C,), or None for 1.
-        moments: moments of the forward, (1, C).
-        correction: r and d of the forward, (1, C) each.
-        eps: added to the variance.
-
-    Returns:
-        The gradients of x, weight and bias.
-    """
-    mean, scale = moments.mean[0], None if weight is None else weight.to(moments.mean.dtype)
-    if correction is not None:
-        r, d = _squeezed(correction)
-        scale = r if scale is None else scale * r
+    """Batch norm's backward with gamma * r in place of gamma."""
+    x, eps = inputs.x, settings.eps
+    scale = _gamma_times_r(inputs.weight, moments, correction)
     inverse_sigma = (moments.var[0] + eps).rsqrt_()
     if dy.stride() != x.stride():
         dy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(dy)
     dx, dscale, dbias = torch.ops.aten.native_batch_norm_backward(
-        dy, x, scale, None, None, mean, inverse_sigma, True, eps, [True, True, True]
+        dy, x, scale, None, None, moments.mean[0], inverse_sigma, True, eps, [True, True, True]
     )
-    return Gradients(dx, dscale if correction is None else torch.addcmul(dbias * d, dscale, r), dbias)
+    return _gradients(dx, dscale, dbias, correction)
+
+
+def _forward_on_gpu(inputs: Inputs, settings: Settings, correction: Target | Correction | None) -> Normalized:
+    (x, weight, bias, *_), eps = inputs, settings.eps
+    mean, inverse_sigma = torch.batch_norm_stats(x, eps)
+    var = (inverse_sigma.square().reciprocal() - eps).clamp_(min=0)
+    scale, shift = weight, bias
+    if correction is not None:
+        r, d = _r_and_d(mean, inverse_sigma, correction, eps)
+        correction = Correction(r[None], d[None])
+        scale = r if weight is None else r * weight
+        shift = d if weight is None else d * weight
+        shift = shift if bias is None else shift + bias
+    y = torch.batch_norm_elemt(x, scale, shift, mean, inverse_sigma, eps)
+    return _normalized(y, x, mean, var, correction)
+
+
+def _backward_on_gpu(
+    dy: Tensor, inputs: Inputs, settings: Settings, moments: Moments, correction: Correction | None
+) -> Gradients:
+    """Batch norm's backward with gamma * r in place of gamma."""
+    x, mean = inputs.x, moments.mean[0]
+    scale = _gamma_times_r(inputs.weight, moments, correction)
+    inverse_sigma = (moments.var[0] + settings.eps).rsqrt()
+    sum_dy, sum_dy_centered, dscale, dbias = torch.batch_norm_backward_reduce(
+        dy, x, mean, inverse_sigma, scale, True, True, True
+    )
+    count = torch.full((1,), x.numel() // x.shape[1], dtype=torch.int32, device=x.device)
+    dx = torch.batch_norm_backward_elemt(dy, x, mean, inverse_sigma, scale, sum_dy, sum_dy_centered, count)
+    return _gradients(dx, dscale, dbias, correction)
+
+
+CPU = Implementation(_forward_on_cpu, _backward_on_cpu)
+GPU = Implementation(_forward_on_gpu, _backward_on_gpu)
+
+
+def _normalized(y: Tensor, x: Tensor, mean: Tensor, var: Tensor, correction: Correction | None) -> Normalized:
+    count = mean.new_full((1, 1), x.numel() // x.shape[1])
+    return Normalized(y, Moments(mean[None], var[None], count), correction)
+
+
+def _gamma_times_r(weight: Tensor | None, moments: Moments, correction: Correction | None) -> Tensor | None:
+    scale = None if weight is None else weight.to(moments.mean.dtype)
+    if correction is None:
+        return scale
+    return correction.r[0] if scale is None else scale * correction.r[0]
+
+
+def _gradients(dx: Tensor, dscale: Tensor, dbias: Tensor, correction: Correction | None) -> Gradients:
+    if correction is None:
+        return Gradients(dx, dscale, dbias)
+    return Gradients(dx, torch.addcmul(dbias * correction.d[0], dscale, correction.r[0]), dbias)
+
+
+def _r_and_d(mean: Tensor, inverse_sigma: Tensor, correction: Target | Correction, eps: float) -> tuple[Tensor, Tensor]:
+    """What `statistics.correct` computes, from 1 / sigma; or r and d as given, (C,) each."""
+    if isinstance(correction, Correction):
+        return correction.r[0], correction.d[0]
+    inverse_running_sigma = (correction.var + eps).rsqrt_()
+    r = (inverse_running_sigma / inverse_sigma).clamp_(1 / correction.r_max, correction.r_max)
+    d = (mean - correction.mean).mul_(inverse_running_sigma).clamp_(-correction.d_max, correction.d_max)
+    return r, d
 
 
 def _center(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -145,28 +146,6 @@ def _sums_by_batch_norm(x: Tensor) -> tuple[Tensor, Tensor]:
         x, x, None, None, None, zeros, ones, True, 0.0, [False, True, True]
     )
     return total, squares
-
-
-def correct(mean: Tensor, inverse_sigma: Tensor, running: Running, eps: float) -> tuple[Tensor, Tensor]:
-    """r and d of `statistics.correct` for one group per channel, from 1 / sigma.
-
-    Args:
-        mean: of the batch, (C,).
-        inverse_sigma: 1 / sqrt(var + eps) of the batch, (C,).
-        running: running statistics and limits.
-        eps: added to the variance.
-
-    Returns:
-        r and d, (C,) each.
-    """
-    inverse_running_sigma = (running.var + eps).rsqrt_()
-    r = (inverse_running_sigma / inverse_sigma).clamp_(1 / running.r_max, running.r_max)
-    d = (mean - running.mean).mul_(inverse_running_sigma).clamp_(-running.d_max, running.d_max)
-    return r, d
-
-
-def _squeezed(correction: Correction) -> tuple[Tensor, Tensor]:
-    return correction.r[0], correction.d[0]
 
 
 def _scale_shift_(tensor: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

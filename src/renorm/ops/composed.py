@@ -3,66 +3,52 @@
 from __future__ import annotations
 
 import inspect
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..activation import Activation, activate
-from ..grouping import Grouping
+from ..activation import activate
 from ..moments import Moments
-from . import aten, aten_gpu, reference
-from .problem import Correction, Running
+from . import reference
+from .problem import Correction, Implementation, Inputs, Settings, Target
 
 
 def compose(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    correction: Running | Correction | None,
-    grouping: Grouping,
-    eps: float,
+    implementation: Implementation, inputs: Inputs, settings: Settings, correction: Target | Correction | None
 ) -> tuple[Tensor, Moments]:
-    """Normalize by `reference.forward`, with its closed-form gradient; differentiable twice.
+    """Normalize with the gradient in closed form, differentiable twice; then add the residual and activate.
 
     Args:
-        x: input, (N, C, *S), not empty.
-        weight: gamma, (C,), or None for 1.
-        bias: beta, (C,), or None for 0.
-        mask: True where an element counts, (N, *S), or None.
+        implementation: computes the normalization, and its gradient.
+        inputs: x not empty, the mask (N, *S).
+        settings: grouping, eps and activation.
         correction: what r and d are computed from, or r and d themselves; None for batch norm.
-        grouping: which elements share statistics.
-        eps: added to the variance.
 
     Returns:
-        The output and the moments, which are constants for autograd.
+        The output, 0 where masked, and the moments, which are constants for autograd.
     """
-    y, mean, var, count, *_ = _Normalize.apply(x, weight, bias, mask, correction, grouping, eps)
-    return y, Moments(mean, var, count)
+    x, weight, bias, mask, _ = inputs
+    y, mean, var, count, *_ = _Normalize.apply(x, weight, bias, mask, correction, settings, implementation)
+    return finish(y, inputs, settings), Moments(mean, var, count)
 
 
-def finish(y: Tensor, mask: Tensor | None, residual: Tensor | None, act: Activation | None) -> Tensor:
+def finish(y: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """Add the residual and activate, by torch's own operations.
 
     Args:
         y: normalized, (N, C, *S), 0 where masked.
-        mask: True where an element counts, (N, *S), or None.
-        residual: shape of y, or None.
-        act: activation, or None.
+        inputs: with the mask, (N, *S), and the residual.
+        settings: with the activation.
 
     Returns:
         The output, dtype of y, 0 where masked.
     """
+    mask, residual = inputs.mask, inputs.residual
     if residual is not None:
         residual = residual if mask is None else residual.where(mask.unsqueeze(1), 0)
         y = (y + residual).to(y.dtype)
-    return activate(y, act)
-
-
-def _torch_kernels(x: Tensor, mask: Tensor | None, grouping: Grouping) -> ModuleType | None:
-    return next((module for module in (aten, aten_gpu) if module.suits(x, mask, grouping)), None)
+    return activate(y, settings.act)
 
 
 class _Normalize(torch.autograd.Function):
@@ -72,20 +58,16 @@ class _Normalize(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         mask: Tensor | None,
-        correction: Running | Correction | None,
-        grouping: Grouping,
-        eps: float,
+        correction: Target | Correction | None,
+        settings: Settings,
+        implementation: Implementation,
     ) -> tuple[Tensor, ...]:
-        torch_kernels = _torch_kernels(x, mask, grouping)
-        if torch_kernels is not None:
-            y, moments, applied = torch_kernels.forward(x, weight, bias, correction, eps)
-        else:
-            y, moments, applied = reference.forward(x, weight, bias, mask, correction, grouping, eps)
+        y, moments, applied = implementation.forward(Inputs(x, weight, bias, mask), settings, correction)
         return y, *moments, *(applied or ())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, weight, _, mask, _, ctx.grouping, ctx.eps = inputs
+        x, weight, _, mask, _, ctx.settings, ctx.implementation = inputs
         statistics = output[1:]
         ctx.mark_non_differentiable(*statistics)
         ctx.save_for_backward(x, weight, mask, *statistics)
@@ -94,11 +76,9 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask, mean, var, count, *applied = ctx.saved_tensors
         moments, correction = Moments(mean, var, count), Correction(*applied) if applied else None
-        torch_kernels = _torch_kernels(x, mask, ctx.grouping)
-        if torch_kernels is not None:
-            gradients = torch_kernels.backward(dy, x, weight, moments, correction, ctx.eps)
-        else:
-            gradients = reference.backward(dy, x, weight, mask, moments, correction, ctx.grouping, ctx.eps)
+        # a second backward must see how the moments depend on x, which the definition alone shows it
+        implementation = reference.DEFINITION if torch.is_grad_enabled() else ctx.implementation
+        gradients = implementation.backward(dy, Inputs(x, weight, None, mask), ctx.settings, moments, correction)
         _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         dweight = gradients.weight if wants_weight else None
         dbias = gradients.bias if wants_bias else None

@@ -1,19 +1,67 @@
-"""What goes into and comes out of the operations.
+"""What is normalized and how: the terms in which all operations are called.
 
 Shapes: N examples, C channels, positions *S; G example groups, K channel groups.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..activation import Activation
+from ..grouping import Grouping
 from ..moments import Moments
 
 
+class Inputs(NamedTuple):
+    """The tensors that are normalized together.
+
+    Args:
+        x: input, (N, C, *S), floating point.
+        weight: gamma, (C,); None for 1.
+        bias: beta, (C,); None for 0.
+        mask: True where an element counts, (N, *S), or broadcastable to it before `dispatch` has checked it; None for
+            everywhere.
+        residual: added before the activation, shape of x; None for nothing.
+    """
+
+    x: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    residual: Tensor | None = None
+
+
+class Settings(NamedTuple):
+    """How they are normalized.
+
+    Args:
+        grouping: which elements share statistics.
+        eps: added to the variance.
+        act: activation applied last, by name; None for none.
+    """
+
+    grouping: Grouping
+    eps: float
+    act: Activation | None = None
+
+
 class Running(NamedTuple):
-    """Running statistics, and the limits of the correction towards them.
+    """Running statistics.
+
+    Args:
+        mean: (C,), float32 at least.
+        var: (C,), same dtype.
+    """
+
+    mean: Tensor
+    var: Tensor
+
+
+class Target(NamedTuple):
+    """Running statistics that batches are corrected towards, and the limits of that.
 
     Args:
         mean: running means, (C,).
@@ -40,7 +88,23 @@ class Correction(NamedTuple):
     d: Tensor
 
 
-class Forward(NamedTuple):
+class RunningState(NamedTuple):
+    """The buffers of a layer that a batch moves.
+
+    Args:
+        mean: running means, (C,), float32 or float64.
+        var: running variances, (C,), same dtype.
+        steps: batches that moved them, 0-d int64.
+        skipped: batches that did not, because their moments were not finite; 0-d int64.
+    """
+
+    mean: Tensor
+    var: Tensor
+    steps: Tensor
+    skipped: Tensor
+
+
+class Normalized(NamedTuple):
     """What a training forward returns.
 
     Args:
@@ -55,7 +119,7 @@ class Forward(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What a backward returns.
+    """What its backward returns.
 
     Args:
         x: shape and dtype of x.
@@ -66,3 +130,15 @@ class Gradients(NamedTuple):
     x: Tensor
     weight: Tensor
     bias: Tensor
+
+
+class Implementation(NamedTuple):
+    """A way to compute both, without residual and activation.
+
+    Args:
+        forward: from inputs, not empty, settings, and what is corrected by: a `Target`, a `Correction` or None.
+        backward: from the output's gradient, the inputs, the settings, and the forward's moments and correction.
+    """
+
+    forward: Callable[[Inputs, Settings, Target | Correction | None], Normalized]
+    backward: Callable[[Tensor, Inputs, Settings, Moments, Correction | None], Gradients]

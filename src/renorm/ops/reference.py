@@ -9,55 +9,43 @@ Names beside Ioffe 2017, algorithm 1: `group.mean` is mu_B and `sigma` is sigma_
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from ..grouping import Grouping
+from ..grouping import Run
 from ..moments import Moments
-from .problem import Correction, Forward, Gradients, Running
-from .statistics import apply, center, collect, correct, element_dims, expand, pool, scale_shift, spread
+from .problem import Correction, Gradients, Implementation, Inputs, Normalized, Settings, Target
+from .statistics import (
+    apply,
+    center,
+    collect,
+    correct,
+    element_dims,
+    expand,
+    merge_channels,
+    scale_shift,
+    spread,
+    views,
+)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    correction: Running | Correction | None,
-    grouping: Grouping,
-    eps: float,
-) -> Forward:
+def forward(inputs: Inputs, settings: Settings, correction: Target | Correction | None) -> Normalized:
     """Training forward: normalize every group by its own moments, then correct by r and d.
 
     Args:
-        x: input, (N, C, *S), not empty.
-        weight: gamma, (C,), or None for 1.
-        bias: beta, (C,), or None for 0.
-        mask: True where an element counts, (N, *S), or None.
+        inputs: x, not empty, (N, C, *S), with gamma, beta and mask; the residual is not added.
+        settings: grouping and eps; the activation is not applied.
         correction: what r and d are computed from, or r and d themselves; None for batch norm (r = 1, d = 0).
-        grouping: which elements share statistics.
-        eps: added to the variance.
 
     Returns:
         The output, the moments, and r and d.
     """
-    k = grouping.channels_per_group
-    equal_groups = grouping.parts(x.shape[0])
-    if len(equal_groups) == 1:
-        return _forward(x, weight, bias, mask, correction, equal_groups[0][0], k, eps)
-    parts = _parts(grouping, x.shape[0])
-    pieces = [
-        _forward(
-            x[part.examples], weight, bias, _rows(mask, part.examples),
-            _of_groups(correction, part.groups) if isinstance(correction, Correction) else correction,
-            part.num_groups, k, eps,
-        )
-        for part in parts
-    ]  # fmt: skip
+    runs = settings.grouping.runs(inputs.x.shape[0])
+    if len(runs) == 1:
+        return _forward(inputs, settings, correction, runs[0].number)
+    pieces = [_forward(_of(run, inputs), settings, _of_groups(run, correction), run.number) for run in runs]
     corrections = [piece.correction for piece in pieces if piece.correction is not None]
-    return Forward(
+    return Normalized(
         torch.cat([piece.y for piece in pieces]),
         Moments(*map(torch.cat, zip(*(piece.moments for piece in pieces), strict=True))),
         Correction(*map(torch.cat, zip(*corrections, strict=True))) if corrections else None,
@@ -65,14 +53,7 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    moments: Moments,
-    correction: Correction | None,
-    grouping: Grouping,
-    eps: float,
+    dy: Tensor, inputs: Inputs, settings: Settings, moments: Moments, correction: Correction | None
 ) -> Gradients:
     """Gradients of `forward`, in closed form; differentiable once more where grad mode is on.
 
@@ -81,71 +62,49 @@ def backward(
 
     Args:
         dy: gradient of the output, (N, C, *S).
-        x: input of the forward.
-        weight: gamma, (C,), or None for 1.
-        mask: mask of the forward.
+        inputs: those of the forward.
+        settings: those of the forward.
         moments: moments of the forward, (G, C).
         correction: r and d of the forward.
-        grouping: which elements share statistics.
-        eps: added to the variance.
 
     Returns:
         The gradients of x, weight and bias.
     """
-    k = grouping.channels_per_group
-    equal_groups = grouping.parts(x.shape[0])
-    if len(equal_groups) == 1:
-        return _backward(dy, x, weight, mask, moments, correction, equal_groups[0][0], k, eps)
-    parts = _parts(grouping, x.shape[0])
+    runs = settings.grouping.runs(inputs.x.shape[0])
+    if len(runs) == 1:
+        return _backward(dy, inputs, settings, moments, correction)
     pieces = [
         _backward(
-            dy[part.examples], x[part.examples], weight, _rows(mask, part.examples),
-            Moments(*(moment[part.groups] for moment in moments)), _of_groups(correction, part.groups),
-            part.num_groups, k, eps,
+            dy[run.examples], _of(run, inputs), settings, Moments(*(moment[run.groups] for moment in moments)),
+            None if correction is None else Correction(correction.r[run.groups], correction.d[run.groups]),
         )
-        for part in parts
+        for run in runs
     ]  # fmt: skip
     dx, dweight, dbias = zip(*pieces, strict=True)
     return Gradients(torch.cat(dx), sum(dweight[1:], dweight[0]), sum(dbias[1:], dbias[0]))
 
 
-class _Part(NamedTuple):
-    examples: slice
-    groups: slice
-    num_groups: int
+DEFINITION = Implementation(forward, backward)
 
 
-def _parts(grouping: Grouping, num_examples: int) -> list[_Part]:
-    parts, example, group = [], 0, 0
-    for num_groups, size in grouping.parts(num_examples):
-        examples = slice(example, example + num_groups * size)
-        parts.append(_Part(examples, slice(group, group + num_groups), num_groups))
-        example, group = examples.stop, group + num_groups
-    return parts
+def _of(run: Run, inputs: Inputs) -> Inputs:
+    mask = None if inputs.mask is None else inputs.mask[run.examples]
+    return inputs._replace(x=inputs.x[run.examples], mask=mask)
 
 
-def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
+def _of_groups(run: Run, correction: Target | Correction | None) -> Target | Correction | None:
+    if not isinstance(correction, Correction):
+        return correction
+    return Correction(correction.r[run.groups], correction.d[run.groups])
 
 
-def _of_groups(correction: Correction | None, groups: slice) -> Correction | None:
-    return None if correction is None else Correction(correction.r[groups], correction.d[groups])
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    correction: Running | Correction | None,
-    num_groups: int,
-    k: int,
-    eps: float,
-) -> Forward:
-    view, view_mask = _views(x, mask, num_groups)
+def _forward(inputs: Inputs, settings: Settings, correction: Target | Correction | None, num_groups: int) -> Normalized:
+    x, weight, bias, mask, _ = inputs
+    k, eps = settings.grouping.channels_per_group, settings.eps
+    view, view_mask = views(x, mask, num_groups)
     centered, drift, channel = center(view, view_mask)
-    group = pool(channel, k)
-    if isinstance(correction, Running):
+    group = merge_channels(channel, k)
+    if isinstance(correction, Target):
         correction = correct(group, correction, k, eps)
     scale = (group.var + eps).rsqrt()  # (G, K)
     if correction is not None:
@@ -158,24 +117,18 @@ def _forward(
     y = apply(centered, scale, shift, weight, bias)
     if view_mask is not None:
         y = y.where(view_mask, 0)
-    return Forward(_merged(y, x.shape).to(x.dtype), channel, correction)
+    return Normalized(_merged(y, x.shape).to(x.dtype), channel, correction)
 
 
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    channel: Moments,
-    correction: Correction | None,
-    num_groups: int,
-    k: int,
-    eps: float,
+    dy: Tensor, inputs: Inputs, settings: Settings, channel: Moments, correction: Correction | None
 ) -> Gradients:
-    view, view_mask = _views(x, mask, num_groups)
+    x, weight, _, mask, _ = inputs
+    k, eps, num_groups = settings.grouping.channels_per_group, settings.eps, channel.mean.shape[0]
+    view, view_mask = views(x, mask, num_groups)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         channel = center(view, view_mask)[2]  # a second backward must see how the moments depend on x
-    group = pool(channel, k)
+    group = merge_channels(channel, k)
     dy = dy.unflatten(0, (num_groups, -1)).to(channel.mean.dtype)
     centered = view - expand(channel.mean, view.ndim)
     if view_mask is not None:
@@ -216,9 +169,3 @@ def _merged(view: Tensor, shape: torch.Size) -> Tensor:
         merged: Tensor = torch.ops.aten._unsafe_view(view, shape)
         return merged
     return view.flatten(0, 1)
-
-
-def _views(x: Tensor, mask: Tensor | None, num_groups: int) -> tuple[Tensor, Tensor | None]:
-    # (G, n, C, *S) and (G, n, 1, *S); both are views in any memory format
-    view_mask = None if mask is None else mask.unflatten(0, (num_groups, -1)).unsqueeze(2)
-    return x.unflatten(0, (num_groups, -1)), view_mask

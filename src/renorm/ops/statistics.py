@@ -11,8 +11,33 @@ import math
 import torch
 from torch import Tensor
 
-from ..moments import Moments
-from .problem import Correction, Running
+from ..grouping import Grouping
+from ..moments import Moments, accumulation_dtype
+from .problem import Correction, Target
+
+
+def moments_of(x: Tensor, mask: Tensor | None, grouping: Grouping) -> Moments:
+    """Moments of every channel in every example group of a batch.
+
+    Args:
+        x: input, (N, C, *S), not empty.
+        mask: True where an element counts, (N, *S), or None.
+        grouping: whose groups of examples they are.
+
+    Returns:
+        Moments (G, C), with count (G, 1).
+    """
+    found = []
+    for run in grouping.runs(x.shape[0]):
+        part = views(x[run.examples], None if mask is None else mask[run.examples], run.number)
+        found.append(center(*part)[2])
+    return found[0] if len(found) == 1 else Moments(*map(torch.cat, zip(*found, strict=True)))
+
+
+def views(x: Tensor, mask: Tensor | None, num_groups: int) -> tuple[Tensor, Tensor | None]:
+    # (G, n, C, *S) and (G, n, 1, *S); both are views in any memory format
+    view_mask = None if mask is None else mask.unflatten(0, (num_groups, -1)).unsqueeze(2)
+    return x.unflatten(0, (num_groups, -1)), view_mask
 
 
 def center(view: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Moments]:
@@ -21,7 +46,7 @@ def center(view: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Moments]:
     Sums of the shifted values do not suffer from a large mean, and the drift makes up for a shift that is only
     near: so a part of the examples will do for it. That part's mean is within sqrt(8) standard deviations.
     """
-    dtype = torch.promote_types(view.dtype, torch.float32)
+    dtype = accumulation_dtype(view.dtype)
     dims = element_dims(view)
     if mask is None:
         elements = view.shape[1] * math.prod(view.shape[3:])  # numel() of a shape would fix it for export
@@ -37,7 +62,7 @@ def center(view: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Moments]:
     return centered, drift, Moments(shift + drift, var, count)
 
 
-def pool(channel: Moments, channels_per_group: int) -> Moments:
+def merge_channels(channel: Moments, channels_per_group: int) -> Moments:
     """Moments of channel groups from those of their channels.
 
     Args:
@@ -59,7 +84,7 @@ def pool(channel: Moments, channels_per_group: int) -> Moments:
     return Moments(mean.squeeze(2), var, channel.count * channels_per_group)
 
 
-def pool_running(mean: Tensor, var: Tensor, channels_per_group: int) -> Moments:
+def merge_running(mean: Tensor, var: Tensor, channels_per_group: int) -> Moments:
     """The running mean and variance that every channel group sees.
 
     Args:
@@ -70,25 +95,25 @@ def pool_running(mean: Tensor, var: Tensor, channels_per_group: int) -> Moments:
     Returns:
         Moments (1, K), with a count of one per channel.
     """
-    return pool(Moments(mean[None], var[None], torch.ones_like(mean[None, :1])), channels_per_group)
+    return merge_channels(Moments(mean[None], var[None], torch.ones_like(mean[None, :1])), channels_per_group)
 
 
-def correct(group: Moments, running: Running, channels_per_group: int, eps: float) -> Correction:
+def correct(group: Moments, target: Target, channels_per_group: int, eps: float) -> Correction:
     """r and d: how far the batch's statistics are from the running statistics, within the limits.
 
     Args:
         group: moments of every group, (G, K).
-        running: running statistics and limits.
+        target: running statistics and limits.
         channels_per_group: consecutive channels that share statistics.
         eps: added to the variances.
 
     Returns:
         r and d, (G, K) each.
     """
-    target = pool_running(running.mean, running.var, channels_per_group)  # (1, K)
-    sigma = (target.var + eps).sqrt()
-    r = ((group.var + eps).sqrt() / sigma).clamp(1 / running.r_max, running.r_max)
-    d = ((group.mean - target.mean) / sigma).clamp(-running.d_max, running.d_max)
+    running = merge_running(target.mean, target.var, channels_per_group)  # (1, K)
+    sigma = (running.var + eps).sqrt()
+    r = ((group.var + eps).sqrt() / sigma).clamp(1 / target.r_max, target.r_max)
+    d = ((group.mean - running.mean) / sigma).clamp(-target.d_max, target.d_max)
     return Correction(r, d)
 
 

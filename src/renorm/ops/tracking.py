@@ -1,18 +1,100 @@
-"""How the running statistics move: one rule per function, all stored as a mean and a variance."""
+"""How the running statistics move: one row of a table per rule, all stored as a mean and a variance."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ..moments import Moments
-from .normalize import suits_kernels
-from .plain import suits_state
+from .problem import RunningState, Settings
 
 Tracking = Literal["std", "var", "total"]
+
+
+class Rule(NamedTuple):
+    """How a layer's running statistics move.
+
+    Args:
+        tracking: name of the rule, in `RULES`.
+        momentum: weight of a batch; None for the cumulative average.
+    """
+
+    tracking: Tracking
+    momentum: float | None
+
+
+class TrackingRule(NamedTuple):
+    """What a rule does to the running variance; the kernels have theirs in csrc/tracking.cpp and triton/tracking.py.
+
+    Args:
+        move: the variance after a batch, from running mean, running variance, moments by group, the batch's moments,
+            momentum and eps.
+        averages_sigma: whether standard deviations are averaged over groups, batches and workers, and not second
+            moments.
+        is_unbiased: whether a batch's variance is divided by its elements less one.
+        needs_spread: whether single elements, which say nothing of a spread, leave the variance as it was.
+    """
+
+    move: Callable[[Tensor, Tensor, Moments, Moments, float | Tensor, float], Tensor]
+    averages_sigma: bool
+    is_unbiased: bool
+    needs_spread: bool
+
+
+def _std(
+    running_mean: Tensor, running_var: Tensor, groups: Moments, batch: Moments, momentum: float | Tensor, eps: float
+) -> Tensor:
+    # The square of the moving average of sigma, less eps, in terms of variances, so that eps does not cancel.
+    sigma = (groups.var + eps).sqrt()
+    if len(sigma) == 1:
+        mean_sigma, var = sigma[0], groups.var[0]
+    else:
+        share = groups.count / groups.count.sum(0).clamp(min=1)
+        mean_sigma = (share * sigma).sum(0)
+        var = (share * (groups.var - (sigma - mean_sigma).square())).sum(0)
+    between = (mean_sigma - (running_var + eps).sqrt()).square()
+    return torch.lerp(running_var, var, momentum) - momentum * (1 - momentum) * between
+
+
+def _var(
+    running_mean: Tensor, running_var: Tensor, groups: Moments, batch: Moments, momentum: float | Tensor, eps: float
+) -> Tensor:
+    unbiased = batch.var * batch.count / (batch.count - 1).clamp(min=1)
+    return torch.lerp(running_var, unbiased, momentum)
+
+
+def _total(
+    running_mean: Tensor, running_var: Tensor, groups: Moments, batch: Moments, momentum: float | Tensor, eps: float
+) -> Tensor:
+    between = (batch.mean - running_mean).square()
+    return torch.lerp(running_var, batch.var, momentum) + momentum * (1 - momentum) * between
+
+
+RULES: dict[str, TrackingRule] = {
+    "std": TrackingRule(_std, averages_sigma=True, is_unbiased=False, needs_spread=True),
+    "var": TrackingRule(_var, averages_sigma=False, is_unbiased=True, needs_spread=True),
+    "total": TrackingRule(_total, averages_sigma=False, is_unbiased=False, needs_spread=False),
+}
+
+
+def rule_of(tracking: str) -> TrackingRule:
+    """The rule of a name.
+
+    Args:
+        tracking: name of the rule.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: there is no such rule.
+    """
+    if tracking not in RULES:
+        raise ValueError(f"tracking must be one of {', '.join(map(repr, get_args(Tracking)))}, got {tracking!r}")
+    return RULES[tracking]
 
 
 def update_running(
@@ -42,6 +124,9 @@ def update_running(
         New running_mean and running_var, (C,) each. "std" and "var" leave running_var as it was where every
         group has a single element, or a channel only one in all, since that says nothing of the spread.
 
+    Raises:
+        ValueError: there is no such rule.
+
     Source:
         Ioffe 2017, algorithm 1 ("std"); Ioffe & Szegedy 2015 ("var"); Summers & Dinneen 2020, section 3.1 ("total").
 
@@ -53,137 +138,36 @@ def update_running(
         >>> update_running(zero, one, batch, momentum=0.5, tracking="total")
         (tensor([1.]), tensor([3.]))
     """
-    require_tracking(tracking)
+    rule = rule_of(tracking)
     moments = Moments(*(moment.to(running_mean.dtype) for moment in moments))
     batch = moments.merged(0)  # (C,)
     mean = torch.lerp(running_mean, batch.mean, momentum)
-    if tracking == "total":
-        between = (batch.mean - running_mean).square()
-        return mean, torch.lerp(running_var, batch.var, momentum) + momentum * (1 - momentum) * between
-    update = _update_std if tracking == "std" else _update_var
-    var = update(running_var, moments, batch, momentum, eps)
-    has_spread = (moments.count * channels_per_group > 1).any() & (batch.count > 1)
-    return mean, torch.where(has_spread, var, running_var)
+    var = rule.move(running_mean, running_var, moments, batch, momentum, eps)
+    if rule.needs_spread:
+        has_spread = (moments.count * channels_per_group > 1).any() & (batch.count > 1)
+        var = torch.where(has_spread, var, running_var)
+    return mean, var
 
 
-class RunningState(NamedTuple):
-    """The buffers of a layer that a batch moves.
-
-    Args:
-        mean: running means, (C,), float32 or float64.
-        var: running variances, (C,), same dtype.
-        steps: batches that moved them, 0-d int64.
-        skipped: batches that did not, because their moments were not finite; 0-d int64.
-    """
-
-    mean: Tensor
-    var: Tensor
-    steps: Tensor
-    skipped: Tensor
-
-
-def commit(
-    state: RunningState,
-    moments: Moments,
-    *,
-    momentum: float | None,
-    tracking: Tracking,
-    channels_per_group: int,
-    eps: float,
-) -> None:
-    """Move a layer's buffers by one batch, in place and without leaving the device.
-
-    A batch whose moments are not finite is only counted, one without a counted element not even that.
+def move(state: RunningState, moments: Moments, rule: Rule, settings: Settings) -> None:
+    """Move a layer's buffers by one batch, by torch's own operations; see `dispatch.track`.
 
     Args:
         state: the buffers.
         moments: of every channel in every example group, (G, C), with count (G, 1).
-        momentum: weight of the batch; None for the cumulative average.
-        tracking: see `update_running`.
-        channels_per_group: see `update_running`.
-        eps: see `update_running`.
+        rule: by which they move.
+        settings: channels_per_group and eps.
     """
-    if _suits_kernels(state, moments):
-        torch.ops.renorm.track.default(*state, *moments, tracking, momentum, channels_per_group, eps)
-        torch.autograd.graph.increment_version(state)
-        return
+    momentum = 1 / (state.steps + 1).to(state.mean.dtype) if rule.momentum is None else rule.momentum
     with torch.no_grad():
-        _commit_plainly(state, moments, momentum, tracking, channels_per_group, eps)
-
-
-def commit_together(state: RunningState, batches: Sequence[Moments], **rule: Any) -> None:
-    """Move a layer's buffers once by several batches, as if they were groups of one.
-
-    Batches whose moments are not finite are left out and counted.
-
-    Args:
-        state: the buffers.
-        batches: moments of every channel in every example group of each, (G, C), with count (G, 1).
-        **rule: see `commit`.
-    """
-    if not batches:
-        return
-    if len(batches) == 1:
-        commit(state, batches[0], **rule)
-        return
-    with torch.no_grad():
-        mean, var, count = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        is_finite = (0 * (mean + var)).sum(1) == 0  # (G of all batches,)
-        sizes = [len(moments.mean) for moments in batches]
-        of_batches = torch.stack([groups.all() for groups in is_finite.split(sizes)])
-        kept = of_batches.repeat_interleave(torch.tensor(sizes, device=mean.device), output_size=len(mean))[:, None]
-        state.skipped.add_((~of_batches).sum())
-    commit(state, Moments(mean.where(kept, 0), var.where(kept, 0), count.where(kept, 0)), **rule)
-
-
-def _commit_plainly(
-    state: RunningState, moments: Moments, momentum: float | None, tracking: Tracking, k: int, eps: float
-) -> None:
-    weight = 1 / (state.steps + 1).to(state.mean.dtype) if momentum is None else momentum
-    mean, var = update_running(
-        state.mean, state.var, moments,
-        momentum=weight, tracking=tracking, channels_per_group=k, eps=eps,
-    )  # fmt: skip
-    finite = (0 * (moments.mean + moments.var)).sum() == 0  # 0 times anything else is not a number
-    accepted = finite & (moments.count > 0).any()
-    state.mean.copy_(torch.where(accepted, mean, state.mean))
-    state.var.copy_(torch.where(accepted, var, state.var))
-    state.steps.add_(accepted)
-    state.skipped.add_(~finite)
-
-
-def _suits_kernels(state: RunningState, moments: Moments) -> bool:
-    if torch.compiler.is_compiling() or not suits_kernels(moments.mean, None):
-        return False
-    return moments.mean.dtype == state.mean.dtype and suits_state(moments.mean, state)
-
-
-def _update_var(running_var: Tensor, moments: Moments, batch: Moments, momentum: float | Tensor, eps: float) -> Tensor:
-    unbiased = batch.var * batch.count / (batch.count - 1).clamp(min=1)
-    return torch.lerp(running_var, unbiased, momentum)
-
-
-def _update_std(running_var: Tensor, moments: Moments, batch: Moments, momentum: float | Tensor, eps: float) -> Tensor:
-    # The square of the moving average of sigma, less eps, in terms of variances, so that eps does not cancel.
-    sigma = (moments.var + eps).sqrt()
-    if len(sigma) == 1:
-        mean_sigma, var = sigma[0], moments.var[0]
-    else:
-        share = moments.count / moments.count.sum(0).clamp(min=1)
-        mean_sigma = (share * sigma).sum(0)
-        var = (share * (moments.var - (sigma - mean_sigma).square())).sum(0)
-    between = (mean_sigma - (running_var + eps).sqrt()).square()
-    return torch.lerp(running_var, var, momentum) - momentum * (1 - momentum) * between
-
-
-def require_tracking(tracking: str) -> None:
-    """Refuse a rule that does not exist.
-
-    Args:
-        tracking: name of the rule.
-
-    Raises:
-        ValueError: it is none of "std", "var" and "total".
-    """
-    if tracking not in get_args(Tracking):
-        raise ValueError(f"tracking must be one of {', '.join(map(repr, get_args(Tracking)))}, got {tracking!r}")
+        mean, var = update_running(
+            state.mean, state.var, moments,
+            momentum=momentum, tracking=rule.tracking,
+            channels_per_group=settings.grouping.channels_per_group, eps=settings.eps,
+        )  # fmt: skip
+        finite = moments.finite().all()
+        accepted = finite & (moments.count > 0).any()
+        state.mean.copy_(torch.where(accepted, mean, state.mean))
+        state.var.copy_(torch.where(accepted, var, state.var))
+        state.steps.add_(accepted)
+        state.skipped.add_(~finite)

@@ -8,39 +8,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..activation import Activation
-from ..checks import check_batch, check_channels
-from ..moments import Moments
+from ..checks import check_channels
+from ..grouping import Grouping
+from ..moments import Moments, accumulation_dtype
 from ..ops import statistics
 from ..ops.composed import finish
-from ..ops.problem import Running
+from ..ops.dispatch import checked
+from ..ops.problem import Inputs, Settings, Target
 from .group import Workers
 
 
-def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    running: Running | None,
-    channels_per_group: int,
-    eps: float,
-    act: Activation | None,
-    workers: Workers,
+def normalize_over_workers(
+    inputs: Inputs, settings: Settings, target: Target | None, workers: Workers
 ) -> tuple[Tensor, Moments, Tensor]:
     """Normalize a local batch by the statistics of all workers; every worker must call it, in forward and backward.
 
     Args:
-        x: input, (N, C, *S); N may differ between workers, and be 0.
-        weight: gamma, (C,), or None for 1.
-        bias: beta, (C,), or None for 0.
-        mask: True where an element counts, (N, *S) or broadcastable to it, or None.
-        residual: added before the activation, shape of x, or None.
-        running: what to correct towards; None for batch norm.
-        channels_per_group: consecutive channels that share statistics.
-        eps: added to the variance.
-        act: activation applied last, by name, or None.
+        inputs: the local batch; its size may differ between workers, and be 0.
+        settings: channels_per_group, eps and activation; examples are not cut into groups.
+        target: what to correct towards; None for batch norm.
         workers: that share statistics.
 
     Returns:
@@ -51,11 +37,11 @@ def normalize(
         TypeError: x is not floating point, or the mask not boolean.
         ValueError: a shape does not fit.
     """
-    running_mean, running_var = (None, None) if running is None else running[:2]
-    mask = check_batch(x, weight, bias, mask, running_mean, running_var, residual, act)
-    check_channels(x.shape[1], channels_per_group)
-    y, mean, var, count, left_out = _Normalize.apply(x, weight, bias, mask, running, channels_per_group, eps, workers)
-    return finish(y, mask, residual, act), Moments(mean, var, count), left_out
+    inputs = checked(inputs, settings, target)
+    x, weight, bias, mask, _ = inputs
+    check_channels(x.shape[1], settings.grouping.channels_per_group)
+    y, mean, var, count, left_out = _Normalize.apply(x, weight, bias, mask, settings, target, workers)
+    return finish(y, inputs, settings), Moments(mean, var, count), left_out
 
 
 class _Normalize(torch.autograd.Function):
@@ -66,17 +52,17 @@ class _Normalize(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         mask: Tensor | None,
-        running: Running | None,
-        k: int,
-        eps: float,
+        settings: Settings,
+        target: Target | None,
         workers: Workers,
     ) -> tuple[Tensor, ...]:
+        k, eps = settings.grouping.channels_per_group, settings.eps
         moments, is_finite, left_out = _merge(_local_moments(x, mask), workers)
-        group = statistics.pool(moments, k)  # (1, K)
+        group = statistics.merge_channels(moments, k)  # (1, K)
         mean, sigma = (statistics.spread(part, k) for part in (group.mean, (group.var + eps).sqrt()))
         r, d = torch.ones_like(sigma), torch.zeros_like(sigma)
-        if running is not None:
-            r, d = (statistics.spread(part, k) for part in statistics.correct(group, running, k, eps))
+        if target is not None:
+            r, d = (statistics.spread(part, k) for part in statistics.correct(group, target, k, eps))
         scale, shift = r / sigma, d  # (1, C)
         if weight is not None:
             scale, shift = scale * weight, shift * weight
@@ -108,20 +94,20 @@ class _Normalize(torch.autograd.Function):
         wants_weight, wants_bias = ctx.needs_input_grad[1:3]
         return (
             _kept(dx.to(x.dtype), mask), dweight if wants_weight else None, dbias if wants_bias else None,
-            None, None, None, None, None,
+            None, None, None, None,
         )  # fmt: skip
 
 
 def _local_moments(x: Tensor, mask: Tensor | None) -> Moments:
     if x.numel() == 0:
-        nothing = x.new_zeros((1, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
+        nothing = x.new_zeros((1, x.shape[1]), dtype=accumulation_dtype(x.dtype))
         return Moments(nothing, nothing, nothing[:, :1])
-    return statistics.center(x[None], None if mask is None else mask[None, :, None])[2]
+    return statistics.moments_of(x, mask, Grouping())
 
 
 def _merge(local: Moments, workers: Workers) -> tuple[Moments, Tensor, Tensor]:
     """Moments over workers, whether this one's are in, and how many are not."""
-    is_finite = (0 * (local.mean + local.var)).sum() == 0
+    is_finite = local.finite()[0]
     sent = torch.cat([part.flatten() for part in (*local, is_finite[None])])
     channels = local.mean.shape[1]
     mean, var, count, finite = workers.gather(sent).split([channels, channels, 1, 1], 1)

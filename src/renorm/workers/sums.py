@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..moments import Moments
-from ..ops.tracking import Tracking
+from ..ops.tracking import Tracking, rule_of
 
 
-class Rule(NamedTuple):
+class Layer(NamedTuple):
     """What decides which sums a layer needs.
 
     Args:
@@ -47,16 +47,17 @@ class _Places(NamedTuple):
 
     layer: Tensor
     eps: Tensor
-    is_std: Tensor
-    is_var: Tensor
+    averages_sigma: Tensor
+    is_unbiased: Tensor
+    needs_spread: Tensor
     channels_per_group: Tensor  # of each layer
 
 
-def to_sums(rules: Sequence[Rule], batches: Sequence[Sequence[Moments]], device: torch.device) -> Tensor:
+def to_sums(layers: Sequence[Layer], batches: Sequence[Sequence[Moments]], device: torch.device) -> Tensor:
     """What the layers of a worker contribute.
 
     Args:
-        rules: of each layer.
+        layers: all of them.
         batches: of each layer, moments of every channel in every example group of each batch, (G, C).
         device: of the result.
 
@@ -64,10 +65,10 @@ def to_sums(rules: Sequence[Rule], batches: Sequence[Sequence[Moments]], device:
         For each layer: elements, whether a group has more than one, batches that are not finite, (3, layers); then two
         sums over elements for each channel, (2, channels of all layers); flat.
     """
-    places = _places(tuple(rules), device)
-    rows = [_row(rule, several, device) for rule, several in zip(rules, batches, strict=True)]
+    places = _places(tuple(layers), device)
+    rows = [_row(layer, several, device) for layer, several in zip(layers, batches, strict=True)]
     mean, var, count, most, left_out = (torch.cat(parts).double() for parts in zip(*rows, strict=True))
-    second = torch.where(places.is_std, (var + places.eps).sqrt(), var + mean.square())
+    second = torch.where(places.averages_sigma, (var + places.eps).sqrt(), var + mean.square())
     junk = torch.zeros_like(count).index_add_(0, places.layer, 0 * (mean + var))  # not a number where not finite
     is_finite = junk == 0
     count = count.where(is_finite, 0)
@@ -78,30 +79,30 @@ def to_sums(rules: Sequence[Rule], batches: Sequence[Sequence[Moments]], device:
 
 
 def from_sums(
-    sums: Tensor, rules: Sequence[Rule], running_vars: Sequence[Tensor]
+    sums: Tensor, layers: Sequence[Layer], running_vars: Sequence[Tensor]
 ) -> tuple[list[Moments], Sequence[Tensor]]:
     """The moments behind sums, each as of one group that moves the statistics as all the groups together do.
 
     Args:
         sums: over all workers, as of `to_sums`.
-        rules: of each layer.
+        layers: all of them.
         running_vars: of each layer from before, (C,).
 
     Returns:
         Moments (1, C) of each layer, in the dtype of its statistics; and the batches that were left out of each.
     """
-    places, number = _places(tuple(rules), sums.device), len(rules)
+    places, number = _places(tuple(layers), sums.device), len(layers)
     count, spread, left_out = sums[: 3 * number].view(3, number)
     divisor = count.clamp(min=1)
     per_channel = divisor[places.layer]
     mean, second = sums[3 * number :].view(2, -1) / per_channel
-    var = torch.where(places.is_std, second.square() - places.eps, second - mean.square()).clamp(min=0)
+    var = torch.where(places.averages_sigma, second.square() - places.eps, second - mean.square()).clamp(min=0)
     # Single elements say nothing of a spread: what leaves the running variance as it is.
     still = torch.cat([running_var.to(sums.device) for running_var in running_vars]).double()
-    unbiased = torch.where(places.is_var, still * (1 - 1 / per_channel), still)
-    moves = (spread > 0)[places.layer] | ~(places.is_std | places.is_var)
+    unbiased = torch.where(places.is_unbiased, still * (1 - 1 / per_channel), still)
+    moves = (spread > 0)[places.layer] | ~places.needs_spread
     var = torch.where(moves, var, unbiased)
-    widths = [rule.num_features for rule in rules]
+    widths = [layer.num_features for layer in layers]
     parts = zip(mean.split(widths), var.split(widths), count.split(1), running_vars, strict=True)
     moments = [
         Moments(*(part[None].to(running_var) for part in (layer_mean, layer_var, layer_count)))
@@ -110,40 +111,42 @@ def from_sums(
     return moments, left_out.long().unbind()
 
 
-def _row(rule: Rule, batches: Sequence[Moments], device: torch.device) -> _Row:
+def _row(layer: Layer, batches: Sequence[Moments], device: torch.device) -> _Row:
     if not batches:
-        nothing = torch.zeros(rule.num_features, device=device)
+        nothing = torch.zeros(layer.num_features, device=device)
         return _Row(nothing, nothing, nothing[:1], nothing[:1], nothing[:1])
     if len(batches) == 1 and len(batches[0].mean) == 1:
         mean, var, count = (part[0].to(device) for part in batches[0])
         return _Row(mean, var, count, count, torch.zeros_like(count))
-    return _merged_row(rule, batches, device)
+    return _merged_row(layer, batches, device)
 
 
-def _merged_row(rule: Rule, batches: Sequence[Moments], device: torch.device) -> _Row:
-    is_finite = torch.stack([(0 * (moments.mean + moments.var)).sum() == 0 for moments in batches])
+def _merged_row(layer: Layer, batches: Sequence[Moments], device: torch.device) -> _Row:
+    is_finite = torch.stack([moments.finite().all() for moments in batches])
     kept = torch.cat([ok.expand(len(moments.mean)) for ok, moments in zip(is_finite, batches, strict=True)])[:, None]
     mean, var, count = (torch.cat(parts).double().where(kept, 0) for parts in zip(*batches, strict=True))
     merged = Moments(mean, var, count).merged(0)
-    if rule.tracking == "std":
-        sigma = (count * (var + rule.eps).sqrt()).sum(0) / merged.count.clamp(min=1)
-        merged = merged._replace(var=sigma.square() - rule.eps)
+    if rule_of(layer.tracking).averages_sigma:
+        sigma = (count * (var + layer.eps).sqrt()).sum(0) / merged.count.clamp(min=1)
+        merged = merged._replace(var=sigma.square() - layer.eps)
     row = _Row(*merged, count.amax(0), (~is_finite).sum()[None])
     return _Row(*(part.to(device) for part in row))
 
 
 @lru_cache(maxsize=32)
-def _places(rules: tuple[Rule, ...], device: torch.device) -> _Places:
-    widths = torch.tensor([rule.num_features for rule in rules])
+def _places(layers: tuple[Layer, ...], device: torch.device) -> _Places:
+    widths = torch.tensor([layer.num_features for layer in layers])
+    rules = [rule_of(layer.tracking) for layer in layers]
 
     def spread(values: list[float] | list[bool]) -> Tensor:
         dtype = torch.float64 if isinstance(values[0], float) else torch.bool
         return torch.tensor(values, dtype=dtype).repeat_interleave(widths).to(device)
 
     return _Places(
-        torch.arange(len(rules)).repeat_interleave(widths).to(device),
-        spread([rule.eps for rule in rules]),
-        spread([rule.tracking == "std" for rule in rules]),
-        spread([rule.tracking == "var" for rule in rules]),
-        torch.tensor([rule.channels_per_group for rule in rules], device=device),
+        torch.arange(len(layers)).repeat_interleave(widths).to(device),
+        spread([layer.eps for layer in layers]),
+        spread([rule.averages_sigma for rule in rules]),
+        spread([rule.is_unbiased for rule in rules]),
+        spread([rule.needs_spread for rule in rules]),
+        torch.tensor([layer.channels_per_group for layer in layers], device=device),
     )

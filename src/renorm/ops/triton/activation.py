@@ -6,10 +6,7 @@ import triton
 import triton.language as tl
 
 # How the kernels know an activation.
-CODES = {"none": 0, "relu": 1, "relu6": 2, "leaky_relu": 3, "silu": 4, "gelu": 5}
-
-# What an activation's derivative is computed from.
-FROM_X, FROM_RESIDUAL, FROM_Y = 0, 1, 2
+CODES = {None: 0, "relu": 1, "relu6": 2, "leaky_relu": 3, "silu": 4, "gelu": 5}
 
 
 @triton.jit

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...grouping import Grouping
+
 _TILE = 2048  # elements and channels together
 _CHANNELS = 64  # where channels come last: 128 bytes in half precision
 _RUN = 1024  # positions, where these lie side by side
@@ -44,14 +46,14 @@ class Layout:
     channels_per_group: int
 
     @classmethod
-    def of(cls, x: Tensor, examples_per_group: int | None, channels_per_group: int) -> Layout:
+    def of(cls, x: Tensor, grouping: Grouping) -> Layout:
         """The layout of a dense tensor, (N, C, *S); without positions its channels come last."""
         examples, channels = x.shape[:2]
-        size = examples if examples_per_group is None else min(examples_per_group, examples)
+        size = min(grouping.examples_per_group or examples, examples)
         whole, rest = divmod(examples, size)
         groups = whole + (rest > 1)  # a single one that is left joins its predecessor
         channels_last = x.movedim(1, -1).is_contiguous()
-        return cls(examples, channels, x.shape[2:].numel(), channels_last, size, groups, channels_per_group)
+        return cls(examples, channels, x.shape[2:].numel(), channels_last, size, groups, grouping.channels_per_group)
 
     @property
     def largest_group(self) -> int:

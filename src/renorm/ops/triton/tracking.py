@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from ...moments import Moments
+from ..problem import RunningState, Settings
+from ..tracking import Rule
 
 _BLOCK = 512
 _RULES = {"std": 0, "var": 1, "total": 2}
 
 
-def track(
-    running_mean: Tensor,
-    running_var: Tensor,
-    steps: Tensor,
-    skipped: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor,
-    tracking: str,
-    momentum: float | None,
-    channels_per_group: int,
-    eps: float,
-) -> None:
-    """renorm::track, see `ops.schema`."""
-    groups, channels = mean.shape
+def move(state: RunningState, moments: Moments, rule: Rule, settings: Settings) -> None:
+    """Move a layer's buffers by one batch, see `dispatch.track`."""
+    groups, channels = moments.mean.shape
     _move[1,](
-        running_mean, running_var, steps, skipped, mean, var, count, groups, channels, channels_per_group,
-        momentum or 0.0, eps, RULE=_RULES[tracking], CUMULATIVE=momentum is None,
+        *state, *moments, groups, channels, settings.grouping.channels_per_group, rule.momentum or 0.0, settings.eps,
+        RULE=_RULES[rule.tracking], CUMULATIVE=rule.momentum is None,
         BLOCK=min(_BLOCK, triton.next_power_of_2(channels)), num_warps=4,
     )  # fmt: skip
 

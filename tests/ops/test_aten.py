@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from renorm.grouping import Grouping
-from renorm.ops import aten_gpu, reference
-from renorm.ops.problem import Correction, Running
+from renorm.ops import aten, reference
+from renorm.ops.problem import Correction, Inputs, Settings, Target
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -68,13 +68,14 @@ def test_forward_and_backward_are_the_reference_s(kind: str, affine: tuple[bool,
         weight, bias = (torch.randn(4, dtype=torch.float64) if wanted else None for wanted in affine)
         correction = {
             "batch": None,
-            "renorm": Running(torch.randn(4).double(), torch.rand(4).double() + 0.5, 1.2, 0.3),
+            "renorm": Target(torch.randn(4).double(), torch.rand(4).double() + 0.5, 1.2, 0.3),
             "given": Correction(torch.rand(1, 4).double(), torch.rand(1, 4).double()),
         }[kind]
     with torch.no_grad():
-        ours = aten_gpu.forward(x, weight, bias, correction, 1e-5)
-        exact = reference.forward(x, weight, bias, None, correction, Grouping(), 1e-5)
+        inputs, settings = Inputs(x, weight, bias), Settings(Grouping(), 1e-5)
+        ours = aten.GPU.forward(inputs, settings, correction)
+        exact = reference.forward(inputs, settings, correction)
         torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
-        gradients = aten_gpu.backward(dy, x, weight, ours.moments, ours.correction, 1e-5)
-        right = reference.backward(dy, x, weight, None, exact.moments, exact.correction, Grouping(), 1e-5)
+        gradients = aten.GPU.backward(dy, inputs, settings, ours.moments, ours.correction)
+        right = reference.backward(dy, inputs, settings, exact.moments, exact.correction)
         torch.testing.assert_close(gradients, right, rtol=1e-9, atol=1e-9)

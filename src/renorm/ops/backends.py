@@ -1,0 +1,122 @@
+"""What can compute: which kernels there are, and which tensors each one takes."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import aten, reference
+from .problem import Implementation, Inputs, Settings
+from .schema import implement
+
+_PLAIN = (Tensor, nn.Parameter)  # subclasses bring operations of their own
+_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+def _load_cpu_kernels() -> bool:
+    """Load the C++ library, unless RENORM_CPU=off; other values of it hold it to an older instruction set."""
+    if os.environ.get("RENORM_CPU") == "off":
+        return False
+    for path in library_files():
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            warnings.warn(
+                "renorm runs without its C++ kernels, which do not load; `python -m renorm doctor` says what to do, "
+                f"and RENORM_CPU=off goes without them: {error}",
+                stacklevel=2,
+            )
+            return False
+        return True
+    return False
+
+
+def _find_gpu_kernels() -> bool:
+    """Whether Triton is there, and not RENORM_GPU=off; known from the start, since torch.compile cannot look for it."""
+    implement("cuda", "renorm.ops.triton.launch")
+    return os.environ.get("RENORM_GPU") != "off" and find_spec("triton") is not None
+
+
+def library_files() -> list[Path]:
+    """Where the C++ kernels were built.
+
+    Returns:
+        One file, or none.
+    """
+    return sorted(Path(__file__).parents[1].glob("_kernels.*"))
+
+
+# Kernels of ours, implementations of the operations in `schema`, by torch's name for the kind of device.
+available = {"cpu": _load_cpu_kernels(), "cuda": _find_gpu_kernels()}
+
+
+def take(x: Tensor, residual: Tensor | None = None) -> bool:
+    """Whether kernels of ours take a batch: C++ on the CPU, Triton on a GPU.
+
+    Args:
+        x: input, (N, C, *S).
+        residual: added before the activation, or None.
+
+    Returns:
+        True for plain floating-point tensors, on a device with kernels and outside torch.func's transforms.
+    """
+    if not available.get(x.device.type, False) or x.dtype not in _DTYPES:
+        return False
+    if residual is not None and residual.dtype != x.dtype:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return type(x) in _PLAIN and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def take_state(x: Tensor, state: Iterable[Tensor]) -> bool:
+    """Whether the kernels that take x can move buffers in place.
+
+    Args:
+        x: a tensor that kernels take.
+        state: running statistics and counters.
+
+    Returns:
+        True for plain, contiguous tensors on the device of x.
+    """
+    return all(type(tensor) in _PLAIN and tensor.device == x.device and tensor.is_contiguous() for tensor in state)
+
+
+def of_torch(inputs: Inputs, settings: Settings) -> Implementation:
+    """Who computes what kernels of ours do not take.
+
+    Args:
+        inputs: x not empty.
+        settings: grouping above all.
+
+    Returns:
+        Torch's own kernels for a per-channel group of the whole batch in eager mode, else the definition.
+    """
+    x = inputs.x
+    if torch.compiler.is_compiling() or inputs.mask is not None or not settings.grouping.is_plain(x.shape[0]):
+        return reference.DEFINITION
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and _is_laid_out_plainly(x):
+        return aten.CPU
+    if x.is_cuda and x.dtype in _DTYPES:
+        return aten.GPU
+    return reference.DEFINITION
+
+
+def _is_laid_out_plainly(x: Tensor) -> bool:
+    # torch's kernels err on other strides, even where those of a dimension of size 1 are all that differs
+    positions = range(x.ndim - 1, 1, -1)
+    return x.stride() in (_dense_strides(x, (*positions, 1, 0)), _dense_strides(x, (1, *positions, 0)))
+
+
+def _dense_strides(x: Tensor, dims_from_innermost: Iterable[int]) -> tuple[int, ...]:
+    strides, step = [0] * x.ndim, 1
+    for dim in dims_from_innermost:
+        strides[dim] = step
+        step *= x.shape[dim]
+    return tuple(strides)

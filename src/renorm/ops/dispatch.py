@@ -1,0 +1,200 @@
+"""The one place that chooses who computes: kernels of ours, torch's own, or the definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..activation import require_activation
+from ..checks import check_channels, check_example_weight, check_groups, check_input, check_mask, check_residual
+from ..limits import Limits
+from ..moments import Moments, accumulation_dtype
+from . import backends, evaluation, kernels
+from .composed import compose
+from .problem import Correction, Inputs, Running, RunningState, Settings, Target
+from .snapshot import snapshot
+from .tracking import Rule, move
+
+
+def normalize(inputs: Inputs, settings: Settings, correction: Target | Correction | None) -> tuple[Tensor, Moments]:
+    """Normalize a batch by its own statistics, corrected by r and d; add the residual; activate.
+
+    Args:
+        inputs: as a caller gives them.
+        settings: grouping, eps and activation.
+        correction: what r and d are computed from, or r and d themselves; None for batch norm.
+
+    Returns:
+        The output, shape and dtype of x, 0 where masked; and the moments of every channel in every example group,
+        (G, C), which are constants for autograd.
+
+    Raises:
+        TypeError: x is not floating point, or the mask not boolean.
+        ValueError: a shape does not fit, or a group has a single element and no correction.
+    """
+    inputs = checked(inputs, settings, correction if isinstance(correction, Target) else None)
+    if inputs.x.numel() == 0:
+        return _normalize_nothing(inputs)
+    check_groups(inputs.x, settings.grouping, corrected=correction is not None)
+    if backends.take(inputs.x, inputs.residual):
+        return kernels.normalize(inputs, settings, correction)
+    return compose(backends.of_torch(inputs, settings), inputs, settings, correction)
+
+
+def train(inputs: Inputs, settings: Settings, state: RunningState, limits: Limits | None, rule: Rule) -> Tensor:
+    """A layer's training step: normalize a batch, corrected towards the running statistics, which then move.
+
+    Args:
+        inputs: as a caller gives them.
+        settings: grouping, eps and activation.
+        state: the layer's buffers, moved in place.
+        limits: of the correction; None for batch norm.
+        rule: by which they move.
+
+    Returns:
+        The output.
+
+    Raises:
+        TypeError: x is not floating point, or the mask not boolean.
+        ValueError: a shape does not fit, or a group has a single element and no correction.
+    """
+    if _is_one_operation(inputs, state):
+        inputs = checked(inputs, settings, state)
+        check_groups(inputs.x, settings.grouping, corrected=limits is not None)
+        now = None if limits is None else limits(state.steps, state.mean.dtype)
+        return kernels.step(inputs, settings, state, now, rule)
+    y, moments = normalize(inputs, settings, target(inputs, state, limits))
+    if inputs.x.numel() > 0:
+        track(state, moments, rule, settings)
+    return y
+
+
+def evaluate(inputs: Inputs, settings: Settings, running: Running, example_weight: float) -> Tensor:
+    """Normalize by the running statistics, weighed with the example's own; add the residual; activate.
+
+    Args:
+        inputs: as a caller gives them.
+        settings: channels_per_group, eps and activation; every example is by itself.
+        running: statistics of every channel.
+        example_weight: alpha, the weight of the example's own statistics, in [0, 1].
+
+    Returns:
+        The output, shape and dtype of x; differentiable, through the example's own statistics too. Without any of
+        mask, weighing and channel groups what is normalized is nn.BatchNorm's, bit for bit.
+
+    Raises:
+        TypeError: x is not floating point, or the mask not boolean.
+        ValueError: a shape does not fit, or `example_weight` is outside [0, 1].
+    """
+    check_example_weight(example_weight)
+    inputs = checked(inputs, settings, running)
+    check_channels(inputs.x.shape[1], settings.grouping.channels_per_group)
+    running = _as_accumulated(inputs.x, running)
+    if _is_kernels_evaluation(inputs, settings, example_weight):
+        return kernels.evaluate(inputs, settings, running, example_weight)
+    return evaluation.evaluate(inputs, settings, running, example_weight)
+
+
+def track(state: RunningState, moments: Moments, rule: Rule, settings: Settings) -> None:
+    """Move a layer's buffers by one batch, in place and without leaving the device.
+
+    A batch whose moments are not finite is only counted, one without a counted element not even that.
+
+    Args:
+        state: the buffers.
+        moments: of every channel in every example group, (G, C), with count (G, 1).
+        rule: by which they move.
+        settings: channels_per_group and eps.
+
+    Raises:
+        ValueError: there is no such rule.
+    """
+    if torch.compiler.is_compiling() or not _kernels_move(state, moments.mean):
+        move(state, moments, rule, settings)
+    else:
+        kernels.track(state, moments, rule, settings)
+
+
+def target(inputs: Inputs, state: RunningState, limits: Limits | None) -> Target | None:
+    """What a batch is corrected towards.
+
+    Args:
+        inputs: the batch.
+        state: the layer's buffers.
+        limits: of the correction; None for batch norm.
+
+    Returns:
+        Running statistics and limits in x's accumulation dtype; None for batch norm.
+    """
+    if limits is None:
+        return None
+    mean, var, steps, _ = state
+    if not backends.take(inputs.x, inputs.residual):  # these keep r and d themselves
+        mean, var, steps = snapshot(mean), snapshot(var), snapshot(steps)
+    mean, var = _as_accumulated(inputs.x, Running(mean, var))
+    return Target(mean, var, *limits(steps, mean.dtype))
+
+
+def checked(inputs: Inputs, settings: Settings, running: Running | RunningState | Target | None) -> Inputs:
+    """Refuse what cannot be normalized together.
+
+    Args:
+        inputs: as a caller gives them.
+        settings: with the activation.
+        running: statistics that must fit, or None.
+
+    Returns:
+        The inputs, the mask as (N, *S).
+
+    Raises:
+        TypeError: x is not floating point, or the mask not boolean.
+        ValueError: a shape does not fit, or the activation is unknown.
+    """
+    x, weight, bias, mask, residual = inputs
+    mean, var = (None, None) if running is None else (running.mean, running.var)
+    check_input(x, running_mean=mean, running_var=var, weight=weight, bias=bias)
+    check_residual(residual, x)
+    require_activation(settings.act)
+    return inputs if mask is None else inputs._replace(mask=check_mask(mask, x))
+
+
+def _is_one_operation(inputs: Inputs, state: RunningState) -> bool:
+    # What is compiled needs the statistics as an output, to move them where it can order the writes.
+    x = inputs.x
+    if torch.compiler.is_compiling() or x.numel() == 0 or not backends.take(x, inputs.residual):
+        return False
+    return state.mean.dtype == accumulation_dtype(x.dtype) and backends.take_state(x, state)
+
+
+def _kernels_move(state: RunningState, mean: Tensor) -> bool:
+    return backends.take(mean) and mean.dtype == state.mean.dtype and backends.take_state(mean, state)
+
+
+def _is_kernels_evaluation(inputs: Inputs, settings: Settings, example_weight: float) -> bool:
+    if torch.compiler.is_compiling() or torch.jit._trace.is_tracing():  # what is exported must run where we are not
+        return False
+    x, weight, bias, mask, residual = inputs
+    is_batch_norm = example_weight == 0 and settings.grouping.channels_per_group == 1 and mask is None
+    if is_batch_norm and residual is None and settings.act is None:  # torch's own is as fast
+        return False
+    if x.numel() == 0 or not backends.take(x, residual):
+        return False
+    needs_gradient = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, residual))
+    return not (needs_gradient and torch.is_grad_enabled())
+
+
+def _normalize_nothing(inputs: Inputs) -> tuple[Tensor, Moments]:
+    # Connected to weight and bias, so that their gradients are zeros rather than missing.
+    x, weight, bias, *_ = inputs
+    y = x.clone()
+    for parameter in (weight, bias):
+        if parameter is not None:
+            y = y + parameter.sum().to(x.dtype)
+    nothing = torch.zeros(1, x.shape[1], dtype=accumulation_dtype(x.dtype), device=x.device)
+    return y, Moments(nothing, nothing, nothing[:, :1])
+
+
+def _as_accumulated(x: Tensor, running: Running) -> Running:
+    dtype = accumulation_dtype(x.dtype)
+    # a cast to its own dtype would hide a statistic from what folds exported graphs
+    return Running(*(statistic if statistic.dtype == dtype else statistic.to(dtype) for statistic in running))
