@@ -16,7 +16,7 @@ from ..moments import Moments
 from ..norm import Norm
 from ..ops.problem import Running
 from ..ops.statistics import center, correct, pool, pool_running, spread
-from .report import LayerReport
+from .records import LayerReport
 
 _DEAD, _NEARLY_DEAD = 1e-3, 1e-2  # standard deviation of a channel's output at evaluation
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..grouping import Grouping
-from ..inference.passes import arguments, tracking_layers
+from ..inference.passes import arguments
 from ..inspection.measure import quantiles
+from ..modules import tracking_layers
 from ..moments import Moments
 from ..norm import Norm
 from ..occasions import Frozen
