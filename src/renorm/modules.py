@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .grouping import Grouping
 from .norm import Norm
 
 _WRAPPERS = {
@@ -63,6 +64,18 @@ def tracking_layers(model: nn.Module) -> dict[str, Any]:
             "track_running_stats=True"
         )
     return layers
+
+
+def grouping_of(layer: nn.Module) -> Grouping:
+    """Which elements share statistics in a norm layer.
+
+    Args:
+        layer: of renorm or torch.
+
+    Returns:
+        The layer's own grouping; for torch's the whole batch of a channel.
+    """
+    return layer.grouping if isinstance(layer, Norm) else Grouping()
 
 
 def refuse_wrapped(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..grouping import Grouping
 from ..inference.passes import arguments
 from ..limits import Limits
+from ..modules import grouping_of
 from ..moments import Moments
 from ..norm import Norm
 from ..ops.problem import Running
@@ -146,11 +147,11 @@ class Measurement:
 
     @property
     def _channels_per_group(self) -> int:
-        return self.layer.channels_per_group if isinstance(self.layer, Norm) else 1
+        return self._grouping.channels_per_group
 
     @property
     def _grouping(self) -> Grouping:
-        return self.layer.grouping if isinstance(self.layer, Norm) else Grouping()
+        return grouping_of(self.layer)
 
     def _running(self) -> Running:
         layer = self.layer
