@@ -137,5 +137,4 @@ def test_importing_the_library_imports_nothing_heavier_than_torch() -> None:
     modules = found.stdout.split()
     assert "renorm.norm" in modules
     assert {module.partition(".")[0] for module in modules} <= {"renorm", "torch", *sys.stdlib_module_names}
-    integrations = {module for module in modules if module.startswith("renorm.integrations.")}
-    assert integrations == {"renorm.integrations.timm"}  # which imports timm where it is used
+    assert not any(module.startswith("renorm.integrations.") for module in modules)

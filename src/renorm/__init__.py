@@ -5,8 +5,8 @@ from .blocks import accumulate, freeze
 from .conversion.convert import ConversionReport, convert, to_batchnorm
 from .conversion.state_dicts import translate_state_dict
 from .inference.estimate import estimate
+from .inference.report import Weighing
 from .inference.weigh import weigh
-from .inference.weighing import Weighing
 from .inspection.inspect import inspect
 from .inspection.report import Inspection
 from .layers import (

@@ -10,6 +10,7 @@ from typing import get_args
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .modules import norms
 from .norm import Norm
 from .occasions import Accumulation, Frozen, Statistics
 from .recomputation import is_backward
@@ -109,9 +110,9 @@ def _tracking_layers(models: tuple[nn.Module, ...]) -> list[Norm]:
     for model in models:
         if not isinstance(model, nn.Module):
             raise TypeError(f"models must be modules, one by one, got {type(model).__name__}")
-    modules = dict.fromkeys(module for model in models for module in model.modules())
-    layers = [module for module in modules if isinstance(module, Norm)]
-    if not layers and any(isinstance(module, _BatchNorm) and module.training for module in modules):
+    layers = dict.fromkeys(layer for model in models for layer in norms(model).values())
+    plain = (module for model in models for module in model.modules() if isinstance(module, _BatchNorm))
+    if not layers and any(layer.training for layer in plain):
         warnings.warn(
             "accumulate and freeze reach renorm's layers alone: torch's batch norm layers go on as ever; "
             "renorm.convert(model, renorm.BatchNorm) makes them renorm's",

@@ -94,7 +94,7 @@ def cpu_backend() -> Backend:
         remedy = f"build the C++ kernels against this torch, in the source tree: {_BUILD}"
         return Backend("torch's own operations", f"{library.name} does not load: {_why(library)}", remedy, works=False)
     held = f", held back by RENORM_CPU={wanted}" if wanted else ""
-    return Backend(f"C++ kernels for {torch.ops.renorm.instruction_set()}", f"{library.name} loads{held}")
+    return Backend(f"C++ kernels for {backends.instruction_set()}", f"{library.name} loads{held}")
 
 
 def gpu_backend() -> Backend:

@@ -1,4 +1,4 @@
-"""Replacing modules inside a model, so that everything that points at their state stays valid."""
+"""What a model holds: its norm layers, who keeps running statistics, and replacing modules with their state."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .grouping import Grouping
+from .norm import Norm
 
 _WRAPPERS = {
     "DistributedDataParallel": "wrapping in DistributedDataParallel",
@@ -15,6 +19,63 @@ _WRAPPERS = {
     "OptimizedModule": "torch.compile",
     "ScriptModule": "scripting",
 }
+
+
+def norms(model: nn.Module) -> dict[str, Norm]:
+    """The norm layers of renorm in a model.
+
+    Args:
+        model: any model.
+
+    Returns:
+        Layers by name, in the order of the model.
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, Norm)}
+
+
+def tracks(module: nn.Module) -> bool:
+    """Whether a module is a norm layer, ours or torch's, that has running statistics.
+
+    Args:
+        module: any module.
+
+    Returns:
+        True for layers of renorm and nn.BatchNorm, and for subclasses of them.
+    """
+    return isinstance(module, (Norm, _BatchNorm)) and module.running_mean is not None
+
+
+def tracking_layers(model: nn.Module) -> dict[str, Any]:
+    """The norm layers of a model, ours and torch's, that have running statistics.
+
+    Args:
+        model: any model.
+
+    Returns:
+        Layers by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = {name: module for name, module in model.named_modules() if tracks(module)}
+    if not layers:
+        raise ValueError(
+            "model has no norm layer with running statistics: it must have nn.BatchNorm or layers of renorm, with "
+            "track_running_stats=True"
+        )
+    return layers
+
+
+def grouping_of(layer: nn.Module) -> Grouping:
+    """Which elements share statistics in a norm layer.
+
+    Args:
+        layer: of renorm or torch.
+
+    Returns:
+        The layer's own grouping; for torch's the whole batch of a channel.
+    """
+    return layer.grouping if isinstance(layer, Norm) else Grouping()
 
 
 def refuse_wrapped(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,29 @@ class Result:
         return self.error <= self.bound
 
 
+class _Case(NamedTuple):
+    """Settings of a layer and its input.
+
+    Args:
+        dtype: of the input.
+        device: where the layer runs.
+        layout: name of the input's shape and order in memory.
+        grouping: name of which elements share statistics.
+        corrected: whether by batch renormalization.
+        masked: whether some elements do not count.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    layout: str
+    grouping: str
+    corrected: bool
+    masked: bool
+
+    def __str__(self) -> str:
+        return f"{self.layout}, {self.grouping}{', corrected' * self.corrected}{', masked' * self.masked}"
+
+
 def selftest(device: torch.device | str = "cpu") -> list[Result]:
     """Compare layers on a device with `ops.reference` in float64: output, gradients and running statistics.
 
@@ -76,22 +99,20 @@ def selftest(device: torch.device | str = "cpu") -> list[Result]:
 
 
 def _of_dtype(dtype: torch.dtype, device: torch.device) -> Result:
-    cases = itertools.product(_LAYOUTS, _GROUPINGS, (False, True), (False, True))
-    error, worst, number = 0.0, "", 0
-    for layout, grouping, corrected, masked in cases:
-        name = f"{layout}, {grouping}{', corrected' * corrected}{', masked' * masked}"
-        number += 1
-        for what, found in _errors(dtype, device, layout, grouping, corrected, masked):
+    cases = [
+        _Case(dtype, device, *rest) for rest in itertools.product(_LAYOUTS, _GROUPINGS, (False, True), (False, True))
+    ]
+    error, worst = 0.0, ""
+    for case in cases:
+        for what, found in _errors(case):
             if not found <= error:  # NaN is larger than anything
-                error, worst = (found if found == found else float("inf")), f"{name}: {what}"
-    return Result(dtype, number, error, worst)
+                error, worst = (found if found == found else float("inf")), f"{case}: {what}"
+    return Result(dtype, len(cases), error, worst)
 
 
-def _errors(
-    dtype: torch.dtype, device: torch.device, layout: str, grouping: str, corrected: bool, masked: bool
-) -> Iterator[tuple[str, float]]:
+def _errors(case: _Case) -> Iterator[tuple[str, float]]:
     try:
-        actual, expected = _case(dtype, device, *_LAYOUTS[layout], _GROUPINGS[grouping], corrected, masked)
+        actual, expected = _run(case)
     except Exception as error:  # whatever it is that does not run, the other cases should
         yield f"{type(error).__name__}: {error}", float("inf")
         return
@@ -100,22 +121,17 @@ def _errors(
         yield name, float((actual[name].cpu().double() - exact).abs().max()) / size
 
 
-def _case(
-    dtype: torch.dtype,
-    device: torch.device,
-    shape: tuple[int, ...],
-    channels_last: bool,
-    grouping: Grouping,
-    corrected: bool,
-    masked: bool,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _run(case: _Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the layer gives, and what it should."""
+    (shape, channels_last), grouping = _LAYOUTS[case.layout], _GROUPINGS[case.grouping]
+    dtype, device = case.dtype, case.device
     random = torch.Generator().manual_seed(0)
 
     def numbers(*size: int) -> Tensor:
         return torch.randn(size, generator=random, dtype=torch.float64)
 
     channels = shape[1]
-    limits = Limits.constant(r_max=1.3, d_max=0.4) if corrected else None
+    limits = Limits.constant(r_max=1.3, d_max=0.4) if case.corrected else None
     parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     layer = Norm(
         channels, _EPS, device=device, dtype=parameter_dtype, limits=limits, momentum=0.5,
@@ -128,7 +144,7 @@ def _case(
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     positions = shape[0], *shape[2:]
-    mask = (torch.arange(math.prod(positions)) % 5 > 0).view(positions) if masked else None
+    mask = (torch.arange(math.prod(positions)) % 5 > 0).view(positions) if case.masked else None
     expected = _expected(layer, x, dy, mask, grouping)
     y = layer(x.requires_grad_(), None if mask is None else mask.to(device))
     dx, dweight, dbias = torch.autograd.grad(y, [x, *layer.parameters()], dy)

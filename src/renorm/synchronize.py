@@ -7,6 +7,7 @@ from typing import Any
 from torch import distributed as dist
 from torch import nn
 
+from .modules import norms
 from .norm import Norm
 from .state import Sync
 from .workers.group import Workers
@@ -55,7 +56,7 @@ def synchronize(
     """
     if ranks_per_group is not None and sync != "batch":
         raise ValueError(f"ranks_per_group is for sync='batch', got sync={sync!r}, ranks_per_group={ranks_per_group}")
-    named = {name: module for name, module in model.named_modules() if isinstance(module, Norm)}
+    named = norms(model)
     layers = [layer for layer in named.values() if layer.track_running_stats or sync != "running"]
     for name, layer in named.items():
         if layer in layers:
@@ -88,7 +89,7 @@ def joinables(model: nn.Module) -> list[Any]:
     """
     from .workers.joining import JoinablePool
 
-    layers = [module for module in model.modules() if isinstance(module, Norm)]
+    layers = norms(model).values()
     if any(layer.sync == "running" and layer.pool is None for layer in layers):
         raise ValueError('layers constructed with sync="running" need renorm.synchronize(model, "running") first')
     return [JoinablePool(pool) for pool in dict.fromkeys(layer.pool for layer in layers) if pool is not None]

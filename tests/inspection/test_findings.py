@@ -10,7 +10,7 @@ import pytest
 
 from renorm.inference.scores import Interval
 from renorm.inspection.findings import find
-from renorm.inspection.report import LayerReport, ModeReport
+from renorm.inspection.records import LayerReport, ModeReport
 
 HEALTHY = LayerReport(
     "layer1.bn", "BatchNorm2d", 64, 1_000, 3.0, 5.0,

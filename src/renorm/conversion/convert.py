@@ -11,7 +11,7 @@ from torch import nn
 
 from ..fusion.model import fuse as fuse_calls
 from ..fusion.model import unfuse
-from ..modules import refuse_wrapped, replace_modules
+from ..modules import norms, refuse_wrapped, replace_modules
 from ..norm import Norm
 from ..workers.pool import Pool
 from .options import check_options
@@ -130,12 +130,12 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
         'BatchNorm2d'
     """
     refuse_wrapped(model)
-    ours = [(name, module) for name, module in model.named_modules() if isinstance(module, Norm)]
-    obstacles = [f"{name or '(root)'}: {reason}" for name, module in ours if (reason := obstacle(module))]
+    ours = norms(model)
+    obstacles = [f"{name or '(root)'}: {reason}" for name, layer in ours.items() if (reason := obstacle(layer))]
     if obstacles:
         raise ValueError("nn.BatchNorm cannot do what these layers do:\n  " + "\n  ".join(obstacles))
     unfuse(model)
-    return replace_modules(model, {module: plain(module) for _, module in ours})
+    return replace_modules(model, {layer: plain(layer) for layer in ours.values()})
 
 
 def _check_arguments(model: nn.Module, to: type[Norm], steps: object, options: dict[str, Any]) -> None:
@@ -158,9 +158,9 @@ def _describe(name: str, old: nn.Module, new: Norm) -> Replacement:
 def _share_pool(model: nn.Module) -> None:
     """One collective a step for all layers that merge their running statistics among the same workers."""
     by_group: dict[Any, list[Norm]] = {}
-    for module in model.modules():
-        if isinstance(module, Norm) and module.sync == "running":
-            by_group.setdefault(module.workers.group, []).append(module)
+    for layer in norms(model).values():
+        if layer.sync == "running":
+            by_group.setdefault(layer.workers.group, []).append(layer)
     for layers in by_group.values():
         pool = Pool(layers[0].workers, layers)
         for layer in layers:

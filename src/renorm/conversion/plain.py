@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .. import layers
-from ..integrations.timm import NormAct
+from ..fusion.norm_act import NormAct
 from ..modules import carry_over
 from ..norm import Norm
 from ..ops.statistics import merge_running

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..activation import Activation
+from ..fusion.sites import Fused, NotFused
 
 
 @dataclass(frozen=True)
@@ -47,45 +47,6 @@ class PassedOver:
 
     def __str__(self) -> str:
         return f"{self.name or '(root)'}: {self.kind} left as it is, {self.reason}"
-
-
-@dataclass(frozen=True)
-class Fused:
-    """A call of a norm layer that takes in what follows it.
-
-    Args:
-        name: the layer's name in the model.
-        adds: whether it adds a residual.
-        act: activation it applies, if any.
-        note: when, if not always.
-    """
-
-    name: str
-    adds: bool
-    act: Activation | None
-    note: str = ""
-
-    def __str__(self) -> str:
-        parts = ("the residual add" if self.adds else None, self.act)
-        return f"{self.name}: fused with {' and '.join(filter(None, parts))}{self.note and ', ' + self.note}"
-
-
-@dataclass(frozen=True)
-class NotFused:
-    """A call of a norm layer that is left as it is.
-
-    Args:
-        name: the layer's name in the model.
-        reason: why.
-        note: when, if not always.
-    """
-
-    name: str
-    reason: str
-    note: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name or '(root)'}: not fused, {self.reason}{self.note and ', ' + self.note}"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inference.passes import tracks
+from ..modules import tracks
 
 __all__ = ["translate_state_dict"]
 

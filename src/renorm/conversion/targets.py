@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from .. import layers
-from ..integrations.timm import ACT_LAYERS, NormAct, is_batch_norm_act
+from ..fusion.norm_act import ACT_LAYERS, NormAct
 from ..layers import BatchGroupNorm, BatchNorm, BatchRenorm, GhostBatchNorm
 from ..modules import carry_over
 from ..norm import Norm
@@ -74,7 +75,7 @@ def target_class(module: nn.Module, to: type[Norm]) -> tuple[type[Norm] | None, 
     """
     if isinstance(module, Norm):
         return None, "it is renorm's already (to_batchnorm first)"
-    if is_batch_norm_act(module):
+    if _is_batch_norm_act(module):
         act_layer = ACT_LAYERS.get(to)
         return act_layer, f"there is no {to.__name__} with an activation"
     dimension = "" if type(module) is nn.GroupNorm else DIMENSIONS.get(type(module))
@@ -132,3 +133,9 @@ def replacement(name: str, old: Any, target: type[Norm], steps: Literal["keep", 
     if steps == 0 and new.num_batches_tracked is not None:
         new.num_batches_tracked = torch.zeros_like(new.num_batches_tracked)
     return new
+
+
+def _is_batch_norm_act(module: nn.Module) -> bool:
+    """Whether a module is timm's BatchNormAct2d itself; timm is not imported for it."""
+    timm_layers = sys.modules.get("timm.layers")
+    return timm_layers is not None and type(module) is timm_layers.BatchNormAct2d

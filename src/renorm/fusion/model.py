@@ -9,11 +9,11 @@ from typing import TypeVar, get_args
 from torch import nn
 
 from ..activation import Activation
-from ..conversion.report import Fused, NotFused
-from ..integrations.timm import NormAct
 from .forward import install, uninstall
+from .norm_act import NormAct
 from .plan import LISTS, layers_of
 from .roles import is_bare
+from .sites import Fused, NotFused
 
 Row = TypeVar("Row", Fused, NotFused)
 Rows = tuple[tuple[Fused, ...], tuple[NotFused, ...]]

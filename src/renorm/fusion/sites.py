@@ -18,6 +18,45 @@ _ADDS: dict[Any, bool] = {operator.add: False, torch.add: False, "add": False, o
 _FRESH = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
 
+@dataclass(frozen=True)
+class Fused:
+    """A call of a norm layer that takes in what follows it.
+
+    Args:
+        name: the layer's name in the model.
+        adds: whether it adds a residual.
+        act: activation it applies, if any.
+        note: when, if not always.
+    """
+
+    name: str
+    adds: bool
+    act: Activation | None
+    note: str = ""
+
+    def __str__(self) -> str:
+        parts = ("the residual add" if self.adds else None, self.act)
+        return f"{self.name}: fused with {' and '.join(filter(None, parts))}{self.note and ', ' + self.note}"
+
+
+@dataclass(frozen=True)
+class NotFused:
+    """A call of a norm layer that is left as it is.
+
+    Args:
+        name: the layer's name in the model.
+        reason: why.
+        note: when, if not always.
+    """
+
+    name: str
+    reason: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name or '(root)'}: not fused, {self.reason}{self.note and ', ' + self.note}"
+
+
 class UnfusableError(Exception):
     """Why nothing can be fused into a call of a norm layer."""
 

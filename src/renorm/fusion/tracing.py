@@ -26,7 +26,7 @@ _INPLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", 
 
 
 class UntraceableError(Exception):
-    """A forward that its graph would not stand in for."""
+    """Why a forward has no graph that would stand in for it."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,52 @@ def trace(owner: nn.Module, cls: type[nn.Module], training: bool) -> Trace:
     _check_signature(cls)
     settings: dict[str, object] = {}
     try:
-        stand_in = _stand_in(owner, cls, training, settings)
-        with warnings.catch_warnings(), watched(stand_in) as unseen:
-            warnings.simplefilter("ignore")  # the forward's own will come when it runs
-            graph = _Tracer().trace(stand_in)
+        graph, unseen = watched_trace(_OwnForward(), _stand_in(owner, cls, training, settings))
     except Exception as error:  # a forward that runs on stand-ins for tensors may fail in any way
-        raise UntraceableError(f"torch.fx cannot trace {cls.__name__}: {_first_line(error)}") from error
+        raise UntraceableError(f"torch.fx cannot trace {cls.__name__}: {first_line(error)}") from error
     if unseen:
         raise UntraceableError(f"torch.fx does not see all that {cls.__name__} does ({unseen[0]})")
     return Trace(graph, tuple(settings.items()))
 
 
-def _first_line(error: Exception) -> str:
+def watched_trace(tracer: Tracer, stand_in: nn.Module) -> tuple[fx.Graph, list[str]]:
+    """Trace a stand-in for a module, and watch what the graph does not show; errors of the forward come out.
+
+    Args:
+        tracer: what traces.
+        stand_in: module to trace.
+
+    Returns:
+        The graph, and the names of what it does not show.
+    """
+    with warnings.catch_warnings(), watched(stand_in) as unseen:
+        warnings.simplefilter("ignore")  # the forward's own will come when it runs
+        graph = tracer.trace(stand_in)
+    return graph, unseen
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in short.
+
+    Args:
+        error: any error.
+
+    Returns:
+        The first line of its message; its class, if it has none.
+    """
     return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+class Tracer(fx.Tracer):
+    """Takes optional inputs at their defaults, and buffers as values that may change."""
+
+    proxy_buffer_attributes = True  # or changing a buffer would happen while tracing, and never again
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> Any:
+        """See `torch.fx.Tracer`; a placeholder with a default is the default."""
+        if kind == "placeholder" and args:
+            return args[0]
+        return super().create_proxy(kind, target, args, kwargs, *more, **options)
 
 
 def _check_signature(cls: type[nn.Module]) -> None:
@@ -135,19 +168,12 @@ for _name in _INPLACE:
     setattr(_Recorded, f"__i{_name}__", _record_in_place(getattr(operator, f"__i{_name}__")))
 
 
-class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True  # or changing a buffer would happen while tracing, and never again
-
+class _OwnForward(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Recorded(node, self)
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> Any:
-        if kind == "placeholder" and args:
-            return args[0]  # the default
-        return super().create_proxy(kind, target, args, kwargs, *more, **options)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, (tuple, list, dict)) and type(a) not in _CONTAINERS and not hasattr(a, "_fields"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..grouping import Grouping
 from ..limits import Limits
+from ..modules import tracking_layers
 from ..moments import Moments
 from ..norm import Norm
 from ..occasions import Accumulation, counts
@@ -19,12 +20,12 @@ from ..ops.statistics import moments_of
 from ..ops.tracking import update_running
 from ..workers.group import Workers
 from ..workers.sums import Layer, from_sums, to_sums
-from .passes import Forward, arguments, batch_statistics, forward, tracking_layers
+from .passes import ModelCall, arguments, batch_statistics, forward
 
 _PLAIN = Limits.constant(r_max=1.0, d_max=0.0)  # batch norm, and single elements are still taken
 
 
-def estimate(model: nn.Module, loader: Iterable[Any], *, forward: Forward = forward) -> nn.Module:
+def estimate(model: nn.Module, loader: Iterable[Any], *, forward: ModelCall = forward) -> nn.Module:
     """Replace the running statistics of a model's norm layers by those of a data set, in place.
 
     One pass in which the norm layers normalize by their batches, as in training, and everything else is as at

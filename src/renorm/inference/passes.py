@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..blocks import pushed
 from ..norm import Norm
@@ -16,7 +15,7 @@ from ..occasions import Accumulation, Frozen
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
-Forward = Callable[[nn.Module, Any], Any]
+ModelCall = Callable[[nn.Module, Any], Any]  # of model and batch
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
@@ -109,39 +108,6 @@ def modes(model: nn.Module, training: set[nn.Module]) -> Iterator[None]:
     finally:
         for module, mode in before.items():
             module.training = mode
-
-
-def tracks(module: nn.Module) -> bool:
-    """Whether a module is a norm layer, ours or torch's, that has running statistics.
-
-    Args:
-        module: any module.
-
-    Returns:
-        True for layers of renorm and nn.BatchNorm, and for subclasses of them.
-    """
-    return isinstance(module, (Norm, _BatchNorm)) and module.running_mean is not None
-
-
-def tracking_layers(model: nn.Module) -> dict[str, Any]:
-    """The norm layers of a model, ours and torch's, that have running statistics.
-
-    Args:
-        model: any model.
-
-    Returns:
-        Layers by name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    layers = {name: module for name, module in model.named_modules() if tracks(module)}
-    if not layers:
-        raise ValueError(
-            "model has no norm layer with running statistics: it must have nn.BatchNorm or layers of renorm, with "
-            "track_running_stats=True"
-        )
-    return layers
 
 
 @contextmanager

@@ -11,13 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..conversion.convert import convert
 from ..layers import BatchNorm
-from ..modules import replace_modules
+from ..modules import norms, replace_modules, tracks
 from ..norm import Norm
-from .passes import Forward, forward, modes, target, tracks
+from .passes import ModelCall, forward, modes, target
 from .progress import progress
+from .report import Point, Weighing
 from .scores import Evaluation, ExampleScore, Judge, Metric
 from .search import best_of, next_place
-from .weighing import Point, Weighing
 
 Per = Literal["model", "stage", "layer"]
 
@@ -35,7 +35,7 @@ def weigh(
     *,
     per: Per = "model",
     higher_is_better: bool | None = None,
-    forward: Forward = forward,
+    forward: ModelCall = forward,
     show_progress: bool = True,
 ) -> Weighing:
     """Choose how much an example's own statistics weigh at evaluation, and set it in all norm layers, in place.
@@ -158,7 +158,7 @@ class _Passes:
     """Evaluations of the model as it is at the time, and how many there were."""
 
     def __init__(
-        self, model: nn.Module, loader: Iterable[Any], forward: Forward, judge: Judge, show: Callable[[float], None]
+        self, model: nn.Module, loader: Iterable[Any], forward: ModelCall, judge: Judge, show: Callable[[float], None]
     ) -> None:
         self.number = 0.0
         self.stride = 1  # one batch in so many is in the grid's part
@@ -192,11 +192,7 @@ def _layers(model: nn.Module) -> dict[str, Norm]:
         converted = convert(model, BatchNorm, where=lambda _, module: _is_plain(module), report=lambda report: None)
         if converted is not model:
             raise ValueError("model must contain its norm layer: convert(model, renorm.BatchNorm) replaces it itself")
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, Norm) and module.track_running_stats
-    }
+    layers = {name: layer for name, layer in norms(model).items() if layer.track_running_stats}
     if not layers:
         raise ValueError(
             "model has no norm layer with running statistics: it must have nn.BatchNorm or layers of renorm, with "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from ..inference.scores import Interval
-from .report import Finding, LayerReport, ModeReport
+from .records import Finding, LayerReport, ModeReport
 
 _LEAST_GAP = {"accuracy": 0.005}  # from where on one is worth a sentence
 _ENOUGH_ELEMENTS = 4  # with which batch norm learned digits as well as with more; with 2 it did not

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inference.passes import Forward, batch_statistics, forward, modes, target, tracking_layers
+from ..inference.passes import ModelCall, batch_statistics, forward, modes, target
 from ..inference.scores import ExampleScore, Judge, Metric
+from ..modules import tracking_layers
 from .findings import find
 from .measure import Measurement
-from .report import Inspection, ModeReport
+from .records import ModeReport
+from .report import Inspection
 
 _SHUFFLED = 32  # batches among which examples are shuffled
 
@@ -27,7 +29,7 @@ def inspect(
     *,
     higher_is_better: bool | None = None,
     loss: str | ExampleScore | None = "cross_entropy",
-    forward: Forward = forward,
+    forward: ModelCall = forward,
 ) -> Inspection:
     """Look for the difference between training and evaluation in a model's norm layers, and say what helps.
 
@@ -84,7 +86,7 @@ class _Modes:
     """Scores in three modes, and measurements of layers in the first two."""
 
     def __init__(
-        self, model: nn.Module, forward: Forward, judges: list[Judge], measurements: list[Measurement]
+        self, model: nn.Module, forward: ModelCall, judges: list[Judge], measurements: list[Measurement]
     ) -> None:
         self._model, self._forward, self._judges, self._measurements = model, forward, judges, measurements
         self._layers = [measurement.layer for measurement in measurements]

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from ..grouping import Grouping
 from ..inference.passes import arguments
 from ..limits import Limits
+from ..modules import grouping_of
 from ..moments import Moments
 from ..norm import Norm
 from ..ops.problem import Target
 from ..ops.statistics import correct, merge_channels, merge_running, moments_of, spread
 from ..ops.tracking import rule_of
-from .report import LayerReport
+from .records import LayerReport
 
 _DEAD, _NEARLY_DEAD = 1e-3, 1e-2  # standard deviation of a channel's output at evaluation
 
@@ -147,11 +148,11 @@ class Measurement:
 
     @property
     def _channels_per_group(self) -> int:
-        return self.layer.channels_per_group if isinstance(self.layer, Norm) else 1
+        return self._grouping.channels_per_group
 
     @property
     def _grouping(self) -> Grouping:
-        return self.layer.grouping if isinstance(self.layer, Norm) else Grouping()
+        return grouping_of(self.layer)
 
     def _target(self) -> Target:
         layer = self.layer

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
+
+from .records import LayerReport, ModeReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from .report import Inspection, LayerReport, ModeReport
 
 _BLUE, _ORANGE, _GREEN, _BLACK = "#0072B2", "#E69F00", "#009E73", "#000000"  # Okabe and Ito's
 _ROW = 0.22  # inches of a layer
 _MOST_HEIGHT = 60.0
 
 
-def draw(inspection: Inspection) -> Figure:
+def draw(layers: Sequence[LayerReport], modes: Sequence[ModeReport]) -> Figure:
     """Draw scores in each mode, and for every layer r, d and the ranges.
 
     Args:
-        inspection: what to draw.
+        layers: reports of the layers; those that no batch reached are left out.
+        modes: reports of the scores.
 
     Returns:
         The figure.
@@ -31,29 +32,27 @@ def draw(inspection: Inspection) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    layers = [layer for layer in inspection.layers if layer.batches]
-    if not layers:
+    reached = [layer for layer in layers if layer.batches]
+    if not reached:
         raise ValueError(
-            f"inspection has {len(inspection.layers)} norm layers, but no batch reached one, so there is nothing to "
+            f"inspection has {len(layers)} norm layers, but no batch reached one, so there is nothing to "
             "draw: inspect the model on batches that it calls them with"
         )
-    height = min(_MOST_HEIGHT, 2.2 + _ROW * max(len(layers), 6))
-    above = 2.2 if inspection.modes else 0.0
+    height = min(_MOST_HEIGHT, 2.2 + _ROW * max(len(reached), 6))
+    above = 2.2 if modes else 0.0
     figure = Figure(figsize=(11, height + above), layout="constrained")
     figure.suptitle("Norm layers in training and at evaluation")
     rows = figure.subfigures(2 if above else 1, 1, height_ratios=[above, height] if above else None, squeeze=False)
     if above:
-        for mode, axes in zip(
-            inspection.modes, rows[0, 0].subplots(1, len(inspection.modes), squeeze=False)[0], strict=True
-        ):
+        for mode, axes in zip(modes, rows[0, 0].subplots(1, len(modes), squeeze=False)[0], strict=True):
             _scores(axes, mode)
     panels = rows[-1, 0].subplots(1, 3, sharey=True)
-    places = list(range(len(layers)))
-    _correction(panels[0], layers, places, "r")
-    _correction(panels[1], layers, places, "d")
-    _ranges(panels[2], layers, places)
-    panels[0].set_yticks(places, [layer.name or "(root)" for layer in layers], fontsize=7)
-    panels[0].set_ylim(len(layers) - 0.4, -0.6)
+    places = list(range(len(reached)))
+    _correction(panels[0], reached, places, "r")
+    _correction(panels[1], reached, places, "d")
+    _ranges(panels[2], reached, places)
+    panels[0].set_yticks(places, [layer.name or "(root)" for layer in reached], fontsize=7)
+    panels[0].set_ylim(len(reached) - 0.4, -0.6)
     for axes in panels:
         axes.grid(axis="x", alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.55 / height * 2), fontsize=8, frameon=False)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .report import Inspection, LayerReport, ModeReport
+from .records import Finding, LayerReport, ModeReport
 
-_Cell = Callable[["LayerReport"], str]
-_LAYER_COLUMNS: tuple[tuple[str, _Cell], ...] = (
+_LAYER_COLUMNS: tuple[tuple[str, Callable[[LayerReport], str]], ...] = (
     ("layer", lambda layer: layer.name or "(root)"),
     ("m", lambda layer: f"{layer.elements:.0f}"),
     ("r", lambda layer: f"{layer.r[0]:.2f}-{layer.r[2]:.2f}"),
@@ -35,42 +33,46 @@ _MODE_COLUMNS: tuple[tuple[str, Callable[[ModeReport], str]], ...] = (
 )
 
 
-def as_text(inspection: Inspection) -> str:
+def as_text(layers: Sequence[LayerReport], modes: Sequence[ModeReport], findings: Sequence[Finding]) -> str:
     """Plain text, for any terminal and for logs.
 
     Args:
-        inspection: what to show.
+        layers: reports of the layers.
+        modes: reports of the scores.
+        findings: what they mean.
 
     Returns:
         The text.
     """
-    tables = ["\n".join(_lines(header, rows)) for header, rows in _tables(inspection)]
-    return "\n\n".join(
-        [*tables, "\n".join(wrap(_LEGEND, 100)), "\n".join(f"- {finding}" for finding in inspection.findings)]
-    )
+    tables = ["\n".join(_lines(header, rows)) for header, rows in _tables(layers, modes)]
+    return "\n\n".join([*tables, "\n".join(wrap(_LEGEND, 100)), "\n".join(f"- {finding}" for finding in findings)])
 
 
-def as_html(inspection: Inspection) -> str:
+def as_html(layers: Sequence[LayerReport], modes: Sequence[ModeReport], findings: Sequence[Finding]) -> str:
     """HTML, for notebooks.
 
     Args:
-        inspection: what to show.
+        layers: reports of the layers.
+        modes: reports of the scores.
+        findings: what they mean.
 
     Returns:
         The HTML.
     """
-    findings = "".join(f"<li>{escape(str(finding))}</li>" for finding in inspection.findings)
+    items = "".join(f"<li>{escape(str(finding))}</li>" for finding in findings)
     return (
-        "".join(_html_table(header, rows) for header, rows in _tables(inspection))
-        + f"<p>{_LEGEND}</p><ul>{findings}</ul>"
+        "".join(_html_table(header, rows) for header, rows in _tables(layers, modes))
+        + f"<p>{_LEGEND}</p><ul>{items}</ul>"
     )
 
 
-def as_rich(inspection: Inspection) -> Any:
+def as_rich(layers: Sequence[LayerReport], modes: Sequence[ModeReport], findings: Sequence[Finding]) -> Any:
     """For rich's terminals.
 
     Args:
-        inspection: what to show.
+        layers: reports of the layers.
+        modes: reports of the scores.
+        findings: what they mean.
 
     Returns:
         What rich prints.
@@ -81,7 +83,7 @@ def as_rich(inspection: Inspection) -> Any:
     from rich.text import Text
 
     shown: list[Any] = []
-    for header, rows in _tables(inspection):
+    for header, rows in _tables(layers, modes):
         table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column(header[0], overflow="fold")
         for name in header[1:]:
@@ -89,16 +91,16 @@ def as_rich(inspection: Inspection) -> Any:
         for row in rows:
             table.add_row(*row)
         shown.append(table)
-    return Group(*shown, Text(_LEGEND, style="dim"), *(f"• {finding}" for finding in inspection.findings))
+    return Group(*shown, Text(_LEGEND, style="dim"), *(f"• {finding}" for finding in findings))
 
 
 def _range(layer: LayerReport) -> str:
     return f"{layer.range_training:.1f}, {layer.bound:.1f}, {layer.range_evaluation:.1f}"
 
 
-def _tables(inspection: Inspection) -> list[tuple[list[str], list[list[str]]]]:
-    tables = [_table(_MODE_COLUMNS, inspection.modes)] if inspection.modes else []
-    return [*tables, _table(_LAYER_COLUMNS, inspection.layers)]
+def _tables(layers: Sequence[LayerReport], modes: Sequence[ModeReport]) -> list[tuple[list[str], list[list[str]]]]:
+    tables = [_table(_MODE_COLUMNS, modes)] if modes else []
+    return [*tables, _table(_LAYER_COLUMNS, layers)]
 
 
 def _table(columns: Any, items: Any) -> tuple[list[str], list[list[str]]]:

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 
 from ..inference.weigh import weigh
-from ..norm import Norm
+from ..modules import norms
 from .training import LimitsAndWeight, require_one_process, set_limits
 
 _KEY = "renorm_example_weights"
@@ -70,12 +69,12 @@ class RenormCallback(LimitsAndWeight, Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the example weights."""
-        checkpoint[_KEY] = {name: layer.example_weight for name, layer in _layers(pl_module).items()}
+        checkpoint[_KEY] = {name: layer.example_weight for name, layer in norms(pl_module).items()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Set the example weights that were kept."""
         weights = checkpoint.get(_KEY, {})
-        for name, layer in _layers(pl_module).items():
+        for name, layer in norms(pl_module).items():
             layer.example_weight = weights.get(name, layer.example_weight)
 
 
@@ -83,7 +82,3 @@ def _first(loaders: Any) -> Any:
     if isinstance(loaders, Mapping):
         loaders = list(loaders.values())
     return loaders[0] if isinstance(loaders, (list, tuple)) else loaders
-
-
-def _layers(model: nn.Module) -> dict[str, Norm]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Norm)}

@@ -9,10 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..grouping import Grouping
-from ..inference.passes import arguments, tracking_layers
+from ..inference.passes import arguments
 from ..inspection.measure import quantiles
-from ..norm import Norm
+from ..modules import grouping_of, tracking_layers
 from ..occasions import Frozen
 from ..ops.problem import Correction, Target
 from ..ops.statistics import correct, merge_channels, moments_of
@@ -140,12 +139,11 @@ def _measure(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor | None:
     """r, d, whether they are clipped, and the squared gap of every group, (5, groups); NaN for groups of nothing."""
     if x.numel() == 0:
         return None
-    is_ours = isinstance(layer, Norm)
-    grouping: Grouping = layer.grouping if is_ours else Grouping()
+    grouping = grouping_of(layer)
     group = merge_channels(moments_of(x, mask, grouping), grouping.channels_per_group)
     target = Target(layer.running_mean, layer.running_var, math.inf, math.inf)
     wanted = correct(group, target, grouping.channels_per_group, layer.eps)
-    limits = layer.limits if is_ours else None
+    limits: Any = getattr(layer, "limits", None)
     r_max, d_max = (1.0, 0.0) if limits is None else limits(layer.num_batches_tracked, wanted.r.dtype)
     applied = Correction(wanted.r.clamp(1 / r_max, r_max), wanted.d.clamp(-d_max, d_max))
     # the normalized batch has mean 0 and variance var / (var + eps)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ..inference.weighing import Weighing
+from ..inference.report import Weighing
 from ..limits import Limits
-from ..norm import Norm
+from ..modules import norms
 
 
 class LimitsAndWeight:
@@ -44,7 +44,7 @@ def set_limits(model: nn.Module, limits: Callable[[int], Limits], batches: float
     Raises:
         ValueError: no layer has limits, or the length of the training is not known.
     """
-    layers = [module for module in model.modules() if isinstance(module, Norm) and module.limits is not None]
+    layers = [layer for layer in norms(model).values() if layer.limits is not None]
     if not layers:
         raise ValueError("no layer of the model has limits: convert it to renorm.BatchRenorm, or give limits=None")
     if not 1 <= batches < float("inf"):

@@ -52,6 +52,12 @@ def library_files() -> list[Path]:
     return sorted(Path(__file__).parents[1].glob("_kernels.*"))
 
 
+def instruction_set() -> str:
+    """What the C++ kernels compute with: "avx512", "avx2" or "baseline"."""
+    name: str = torch.ops.renorm.instruction_set()
+    return name
+
+
 # Kernels of ours, implementations of the operations in `schema`, by torch's name for the kind of device.
 available = {"cpu": _load_cpu_kernels(), "cuda": _find_gpu_kernels()}
 

@@ -129,13 +129,13 @@ def _differentiable_gradients(dy: Tensor, saved: Saved, settings: Settings, want
     alone = inputs._replace(residual=None), settings._replace(act=None)
     output, _ = compose(reference.DEFINITION, *alone, correction)
     slope = None
-    if y is None:
+    if y is None or settings.act is None:
         output = finish(output, inputs, settings)
     else:
         slope = derivative_from_output(y, settings.act)
         output = output * slope
-    asked = [i for i, tensor in enumerate(inputs) if tensor is not None and wanted[i]]
-    found = torch.autograd.grad(output, [inputs[i] for i in asked], dy, create_graph=True)
+    asked = {i: tensor for i, tensor in enumerate(inputs) if tensor is not None and wanted[i]}
+    found = torch.autograd.grad(output, list(asked.values()), dy, create_graph=True)
     gradients: dict[int, Any] = dict(zip(asked, found, strict=True))
     if wanted[4] and residual is None:
         dresidual = dy if slope is None else dy * slope

@@ -82,7 +82,7 @@ class Saved(NamedTuple):
     mask: Tensor | None
     residual: Tensor | None
     y: Tensor | None
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides a method of tuples that nobody calls here
     coefficients: Tensor
 
 
@@ -133,7 +133,7 @@ class BackwardArguments(NamedTuple):
     mask: Tensor | None
     residual: Tensor | None
     y: Tensor | None
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides a method of tuples that nobody calls here
     coefficients: Tensor
     examples_per_group: int | None
     channels_per_group: int
@@ -190,7 +190,7 @@ class TrackArguments(NamedTuple):
     skipped: Tensor
     mean: Tensor
     var: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides a method of tuples that nobody calls here
     tracking: Any
     momentum: float | None
     channels_per_group: int

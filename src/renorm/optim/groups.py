@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from .paths import UntraceableError, exposed_norms, is_norm
+from ..fusion.tracing import UntraceableError
+from .paths import exposed_norms, is_norm
 from .toward import TOWARD, require_attachment
 
 Which = Literal["auto", "all", "none"]

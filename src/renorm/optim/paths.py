@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from ..fusion.watch import watched
+from ..fusion.tracing import Tracer, UntraceableError, first_line, watched_trace
 from ..norm import Norm
 from ..recurrent import BatchRenormGRU, BatchRenormLSTM
 
@@ -33,10 +32,6 @@ _BLIND_FUNCTIONS = {
     torch.zeros_like, torch.is_floating_point,
 }  # fmt: skip
 _SHAPED_AS = {"expand_as", "reshape_as", "type_as", "view_as"}  # only the first tensor's values are passed on
-
-
-class UntraceableError(Exception):
-    """Why a model has no graph."""
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -130,12 +125,9 @@ def _trace(model: nn.Module) -> fx.Graph:
     try:
         # a copy, since a forward may leave something in the model; of everything but the parameters
         stand_in = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).train()
-        with warnings.catch_warnings(), watched(stand_in) as unseen:
-            warnings.simplefilter("ignore")  # the model's own will come when it runs
-            graph = _Tracer().trace(stand_in)
+        graph, unseen = watched_trace(_NormCalls(), stand_in)
     except Exception as error:  # a forward that runs on stand-ins for tensors may fail in any way
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise UntraceableError(f"torch.fx cannot trace {type(model).__name__} ({reason})") from error
+        raise UntraceableError(f"torch.fx cannot trace {type(model).__name__} ({first_line(error)})") from error
     if "random numbers" in unseen:
         raise UntraceableError(f"{type(model).__name__} draws random numbers, and may be another graph the next time")
     _follow_in_place(graph)
@@ -153,9 +145,7 @@ def _follow_in_place(graph: fx.Graph) -> None:
                 user.replace_input_with(node.args[0], node)
 
 
-class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True  # or changing a buffer would happen while tracing
-
+class _NormCalls(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _is_leaf(m) or (super().is_leaf_module(m, module_qualified_name) and not _has_leaf(m))
 
@@ -169,11 +159,6 @@ class _Tracer(fx.Tracer):
                 raise
             self.module_stack = stack
             return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> Any:
-        if kind == "placeholder" and args:
-            return args[0]  # optional inputs are at their defaults
-        return super().create_proxy(kind, target, args, kwargs, *more, **options)
 
 
 def _has_leaf(module: nn.Module) -> bool:

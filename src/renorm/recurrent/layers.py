@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..blocks import accumulate
 from ..limits import Limits
-from ..norm import Norm
+from ..modules import norms
 from ..ops.tracking import Tracking
 from .cells import Cell, GRUCell, LSTMCell, NormOptions, State
 from .sequences import check_mask, check_sequence, check_state, packed_like, unpacked
@@ -103,7 +103,7 @@ class _Recurrent(nn.Module):
         check_state(state, shape, self._cell.states)
         if mask is not None:  # by selection: the gradient of the weights is a product with x, and 0 * NaN is NaN
             x = torch.where(mask[..., None], x, 0)
-        with accumulate(*(module for module in self.modules() if isinstance(module, Norm))):
+        with accumulate(*norms(self).values()):
             return self._run_layers(x, state, mask)
 
     def _run_layers(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:

@@ -44,7 +44,7 @@ class _Kept(NamedTuple):
 
     mean: Tensor | None  # (G, C)
     var: Tensor | None  # (G, C)
-    count: Tensor | None  # (G, 1)
+    count: Tensor | None  # type: ignore[assignment]  # (G, 1)
     coefficients: Tensor | None  # (COEFFICIENTS, G, C)
 
 
@@ -169,7 +169,7 @@ class _Backward(NamedTuple):
     residual: Tensor | None
     y: Tensor | None
     coefficients: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     weight: Tensor | None
     dx: Tensor
     dresidual: Tensor

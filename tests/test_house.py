@@ -1,0 +1,61 @@
+"""What CONTRIBUTING says of the house and `make lint` does not check."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LIBRARY, LAB = ROOT / "src" / "renorm", ROOT / "lab" / "renorm_lab"
+TREES = {
+    file.relative_to(ROOT).as_posix(): ast.parse(file.read_text(encoding="utf-8"))
+    for folder in (LIBRARY, LAB)
+    for file in sorted(folder.rglob("*.py"))
+}
+OPS = "src/renorm/ops/"
+CALL_OPERATIONS = tuple(OPS + name for name in ("kernels.py", "backends.py"))
+MIRROR_OPERATIONS = (OPS + "schema.py", OPS + "triton/")  # whose parameters are torch's flat lists
+MOST_PARAMETERS = 6
+MOST_FILES = 100
+
+
+def test_operations_are_called_in_few_places() -> None:
+    called = [
+        f"{file}:{node.lineno}"
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.ops.renorm"
+    ]
+    assert any(place.startswith(CALL_OPERATIONS) for place in called)
+    assert not [place for place in called if not place.startswith(CALL_OPERATIONS)]
+
+
+def test_no_function_takes_more_than_six_positional_parameters() -> None:
+    too_many = [
+        f"{file}:{function.lineno} {function.name}"
+        for file, tree in TREES.items()
+        for function in _functions(tree)
+        if _positional_parameters(function) > MOST_PARAMETERS and not file.startswith(MIRROR_OPERATIONS)
+    ]
+    assert not too_many
+
+
+def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+    """Functions and methods, but for constructors and what torch calls with lists of its own."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef) and any("autograd.Function" in ast.unparse(base) for base in node.bases):
+            continue
+        if isinstance(node, ast.FunctionDef) and node.name != "__init__":
+            yield node
+        yield from _functions(node)
+
+
+def _positional_parameters(function: ast.FunctionDef) -> int:
+    """How many a caller may give by place."""
+    names = [parameter.arg for parameter in (*function.args.posonlyargs, *function.args.args)]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+def test_the_library_has_few_files() -> None:
+    assert sum(file.startswith("src/") for file in TREES) <= MOST_FILES
