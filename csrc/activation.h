@@ -53,6 +53,7 @@ RENORM_INLINE Vector<A> activate(Act act, Vector<A> z) {
     case Act::leaky_relu: return z <= 0 ? z * A(kLeakySlope) : z;
     case Act::silu: return z * sigmoid<A>(z);
     case Act::gelu: return z * A(0.5) * (1 + error_function(z * A(kHalfSqrt)));
+    case Act::hardswish: return z <= -3 ? Vector<A>{} : z >= 3 ? z : z * (z + 3) * A(1.0 / 6);
   }
   __builtin_unreachable();
 }
@@ -75,6 +76,7 @@ RENORM_INLINE Vector<A> backpropagate(Act act, Vector<A> dy, Vector<A> z) {
       const Vector<A> cumulative = A(0.5) * (1 + error_function(z * A(kHalfSqrt)));
       return dy * (cumulative + z * A(kInverseSqrtTwoPi) * exponential(z * z * A(-0.5)));
     }
+    case Act::hardswish: return z <= -3 ? zero : z >= 3 ? dy : dy * (z * A(1.0 / 3) + A(0.5));
   }
   __builtin_unreachable();
 }

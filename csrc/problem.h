@@ -5,7 +5,9 @@
 
 namespace renorm {
 
-enum class Act { none, relu, relu6, leaky_relu, silu, gelu };
+// An activation, and its name at the same place.
+enum class Act { none, relu, relu6, leaky_relu, silu, gelu, hardswish };
+constexpr const char* kActNames[] = {"none", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish"};
 
 // torch's parallel_for, or a test's: calls task(begin, end, context) on disjoint ranges that cover [begin, end).
 struct Parallel {

@@ -20,16 +20,17 @@ using Optional = std::optional<Tensor>;
 template <class T> constexpr ScalarType kType = ScalarType::Float;
 template <> constexpr ScalarType kType<double> = ScalarType::Double;
 
-renorm::Act act_of(const std::string& name) {
-  using renorm::Act;
-  if (name == "none") return Act::none;
-  if (name == "relu") return Act::relu;
-  if (name == "relu6") return Act::relu6;
-  if (name == "leaky_relu") return Act::leaky_relu;
-  if (name == "silu") return Act::silu;
-  if (name == "gelu") return Act::gelu;
-  STD_TORCH_CHECK(false, "act must be none, relu, relu6, leaky_relu, silu or gelu, got ", name);
+// The value of an enumeration that stands where its name does.
+template <class E, size_t N>
+E named(const char* argument, const char* const (&names)[N], const std::string& name) {
+  for (size_t i = 0; i < N; ++i)
+    if (name == names[i]) return static_cast<E>(i);
+  std::string known = names[0];
+  for (size_t i = 1; i < N; ++i) known += std::string(", ") + names[i];
+  STD_TORCH_CHECK(false, argument, " must be one of ", known, ", got ", name);
 }
+
+renorm::Act act_of(const std::string& name) { return named<renorm::Act>("act", renorm::kActNames, name); }
 
 // An output larger than a core's own cache is written past it, which saves reading what is overwritten: training steps of
 // whole networks take 2 to 7% less time so.
@@ -265,13 +266,6 @@ Tensor evaluate(const Tensor& x, const Optional& weight, const Optional& bias, c
   });
 }
 
-renorm::Tracking tracking_of(const std::string& name) {
-  if (name == "std") return renorm::Tracking::std;
-  if (name == "var") return renorm::Tracking::var;
-  STD_TORCH_CHECK(name == "total", "tracking must be std, var or total, got ", name);
-  return renorm::Tracking::total;
-}
-
 template <class A>
 void track_as(const Tensor& running_mean, const Tensor& running_var, const Tensor& steps, const Tensor& skipped,
               const Tensor& mean, const Tensor& var, const Tensor& count, const std::string& tracking, double momentum,
@@ -284,7 +278,7 @@ void track_as(const Tensor& running_mean, const Tensor& running_var, const Tenso
   renorm::track<A>(
       {mutable_data_of<A>(running_mean), mutable_data_of<A>(running_var), mutable_data_of<int64_t>(steps),
        mutable_data_of<int64_t>(skipped)},
-      {means.data(), vars.data(), counts.data(), groups, channels}, tracking_of(tracking),
+      {means.data(), vars.data(), counts.data(), groups, channels}, named<renorm::Tracking>("tracking", renorm::kTrackingNames, tracking),
       momentum, channels_per_group, eps);
 }
 

@@ -95,7 +95,8 @@ def test_the_example_weight_plays_no_part_in_training() -> None:
 
 
 @pytest.mark.parametrize(
-    ("act", "function"), [("relu", F.relu), ("leaky_relu", F.leaky_relu), ("silu", F.silu), ("gelu", F.gelu)]
+    ("act", "function"),
+    [("relu", F.relu), ("leaky_relu", F.leaky_relu), ("silu", F.silu), ("gelu", F.gelu), ("hardswish", F.hardswish)],
 )
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("with_residual", [False, True])

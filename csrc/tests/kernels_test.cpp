@@ -95,6 +95,7 @@ double activate(Act act, double z) {
     case Act::leaky_relu: return z > 0 ? z : 0.01 * z;
     case Act::silu: return z / (1 + std::exp(-z));
     case Act::gelu: return 0.5 * z * (1 + std::erf(z / std::sqrt(2.0)));
+    case Act::hardswish: return z * std::min(std::max(z + 3, 0.0), 6.0) / 6;
   }
   return z;
 }
@@ -104,6 +105,7 @@ double derivative(Act act, double z) {
   if (act == Act::relu) return z > 0;
   if (act == Act::relu6) return z > 0 && z < 6;
   if (act == Act::leaky_relu) return z > 0 ? 1 : 0.01;
+  if (act == Act::hardswish) return z <= -3 ? 0 : z >= 3 ? 1 : z / 3 + 0.5;
   return (activate(act, z + step) - activate(act, z - step)) / (2 * step);
 }
 
@@ -218,7 +220,7 @@ Case<T> draw(std::mt19937& random, bool large) {
   const int64_t examples = 1 + below(large ? 12 : 9), positions = 1 + below(large ? 5000 / channels : 40);
   const int64_t sizes[] = {examples, 1, 2, 3};
   c.shape = {examples, channels, positions, below(2) == 1, sizes[below(4)], k};
-  c.act = Act(below(6));
+  c.act = Act(below(7));
   c.source = below(2) ? Source::renorm : Source::batch;
   const int64_t size = examples * channels * positions;
   c.x = numbers(size, 3, 6);

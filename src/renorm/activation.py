@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Activation = Literal["relu", "relu6", "leaky_relu", "silu", "gelu"]
+Activation = Literal["relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish"]
 
 # All of them map 0 to 0, so that masked outputs stay 0.
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -18,6 +18,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,
     "silu": F.silu,
     "gelu": F.gelu,
+    "hardswish": F.hardswish,
 }
 
 

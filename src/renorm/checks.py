@@ -25,8 +25,9 @@ def check_input(x: Tensor, **per_channel: Tensor | None) -> None:
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
     if x.ndim < 2:
         raise ValueError(f"x must have shape (N, C, ...), got {tuple(x.shape)}")
+    channels = x.shape[1:2]
     for name, tensor in per_channel.items():
-        if tensor is not None and tensor.shape != x.shape[1:2]:
+        if tensor is not None and tensor.shape != channels:
             raise ValueError(
                 f"x must have as many channels in dimension 1 as {name}, of shape {tuple(tensor.shape)}, "
                 f"got {tuple(x.shape)}"

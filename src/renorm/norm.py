@@ -49,7 +49,8 @@ class Norm(State):
         tracking: how the running variance moves, "std", "var" or "total" (see `functional.update_running`).
         example_weight: alpha in [0, 1], the weight of an example's own statistics at evaluation. An ordinary
             attribute: set it at any time.
-        act: activation applied to the output: None, "relu", "relu6", "leaky_relu", "silu" or "gelu".
+        act: activation applied to the output: None, "relu", "relu6", "leaky_relu", "silu", "gelu"
+            or "hardswish".
         sync: what workers have in common (see `renorm.synchronize`): None for nothing, "running" for the running
             statistics, "batch" for the statistics of the batch.
 

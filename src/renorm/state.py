@@ -22,7 +22,6 @@ from .workers.sums import Layer
 Sync = Literal["running", "batch"]
 _serials = count()
 _STATISTICS = ("running_mean", "running_var")
-_STATE = (*_STATISTICS, "num_batches_tracked", "num_batches_skipped")
 
 
 class State(nn.Module):
@@ -127,7 +126,11 @@ class State(nn.Module):
 
     def _state(self) -> RunningState:
         # from the dict, since every attribute of a module that is a buffer costs half a microsecond
-        return RunningState(*(self._buffers[name] for name in _STATE))  # type: ignore[arg-type]
+        buffers: dict[str, Any] = self._buffers
+        return RunningState(
+            buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"],
+            buffers["num_batches_skipped"],
+        )  # fmt: skip
 
     def commit(self, batches: Sequence[Moments]) -> None:
         """Move the running statistics once, by batches together; `renorm.accumulate` and `freeze` have their say.

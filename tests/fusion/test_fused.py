@@ -35,6 +35,10 @@ ACTIVATIONS: dict[str, tuple[str, Any]] = {
     "F.leaky_relu with its default": ("leaky_relu", lambda y: F.leaky_relu(y, 0.01, inplace=True)),
     "F.silu": ("silu", F.silu),
     "F.silu in place": ("silu", lambda y: F.silu(y, inplace=True)),
+    "nn.Hardswish": ("hardswish", nn.Hardswish()),
+    "nn.Hardswish in place": ("hardswish", nn.Hardswish(inplace=True)),
+    "F.hardswish": ("hardswish", F.hardswish),
+    "F.hardswish in place": ("hardswish", lambda y: F.hardswish(y, True)),
     "F.gelu": ("gelu", F.gelu),
     "F.gelu with its default": ("gelu", lambda y: F.gelu(y, approximate="none")),
 }

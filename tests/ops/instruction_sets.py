@@ -23,7 +23,9 @@ def main() -> None:
     assert backends.available["cpu"]
     # A machine may have less than what is asked for, never more.
     assert SETS.index(torch.ops.renorm.instruction_set()) <= SETS.index(os.environ["RENORM_CPU"])
-    combinations = itertools.product(TOLERANCE, SHAPES, (False, True), (None, "relu", "gelu"), (False, True))
+    combinations = itertools.product(
+        TOLERANCE, SHAPES, (False, True), (None, "relu", "gelu", "hardswish"), (False, True)
+    )
     for dtype, shape, channels_last, act, masked in combinations:
         x = (torch.randn(shape, dtype=torch.float64) * 2 + 1).to(dtype)
         if channels_last:

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..moments import Moments, accumulation_dtype
 from . import aten, reference
-from .problem import Implementation, Inputs, Settings
+from .problem import Implementation, Inputs, RunningState, Settings
 from .schema import implement
 
 _PLAIN = (Tensor, nn.Parameter)  # subclasses bring operations of their own
@@ -81,17 +82,45 @@ def take(x: Tensor, residual: Tensor | None = None) -> bool:
     return type(x) in _PLAIN and torch._C._functorch.peek_interpreter_stack() is None
 
 
-def take_state(x: Tensor, state: Iterable[Tensor]) -> bool:
-    """Whether the kernels that take x can move buffers in place.
+def take_step(x: Tensor, residual: Tensor | None, state: RunningState) -> bool:
+    """Whether they normalize a batch and move buffers in one operation.
 
     Args:
-        x: a tensor that kernels take.
-        state: running statistics and counters.
+        x: input, (N, C, *S).
+        residual: added before the activation, or None.
+        state: buffers to move in place.
 
     Returns:
-        True for plain, contiguous tensors on the device of x.
+        True in eager mode, since what is compiled needs the statistics as an output, to move them where it can order
+        the writes.
     """
-    return all(type(tensor) in _PLAIN and tensor.device == x.device and tensor.is_contiguous() for tensor in state)
+    if torch.compiler.is_compiling() or x.numel() == 0 or not take(x, residual):
+        return False
+    return state.mean.dtype == accumulation_dtype(x.dtype) and _can_move(x, state)
+
+
+def take_moments(moments: Moments, state: RunningState) -> bool:
+    """Whether they move buffers by given moments.
+
+    Args:
+        moments: of a batch.
+        state: buffers to move in place.
+
+    Returns:
+        True in eager mode.
+    """
+    if torch.compiler.is_compiling() or not take(moments.mean):
+        return False
+    return moments.mean.dtype == state.mean.dtype and _can_move(moments.mean, state)
+
+
+def _can_move(x: Tensor, state: RunningState) -> bool:
+    """Whether buffers are plain, contiguous tensors on the device of x."""
+    device = x.device
+    for tensor in state:  # a loop, which takes half as long as all(...)
+        if type(tensor) not in _PLAIN or tensor.device != device or not tensor.is_contiguous():
+            return False
+    return True
 
 
 def of_torch(inputs: Inputs, settings: Settings) -> Implementation:

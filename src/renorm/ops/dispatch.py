@@ -58,7 +58,7 @@ def train(inputs: Inputs, settings: Settings, state: RunningState, limits: Limit
         TypeError: x is not floating point, or the mask not boolean.
         ValueError: a shape does not fit, or a group has a single element and no correction.
     """
-    if _is_one_operation(inputs, state):
+    if backends.take_step(inputs.x, inputs.residual, state):
         inputs = checked(inputs, settings, state)
         check_groups(inputs.x, settings.grouping, corrected=limits is not None)
         now = None if limits is None else limits(state.steps, state.mean.dtype)
@@ -109,10 +109,10 @@ def track(state: RunningState, moments: Moments, rule: Rule, settings: Settings)
     Raises:
         ValueError: there is no such rule.
     """
-    if torch.compiler.is_compiling() or not _kernels_move(state, moments.mean):
-        move(state, moments, rule, settings)
-    else:
+    if backends.take_moments(moments, state):
         kernels.track(state, moments, rule, settings)
+    else:
+        move(state, moments, rule, settings)
 
 
 def target(inputs: Inputs, state: RunningState, limits: Limits | None) -> Target | None:
@@ -158,24 +158,12 @@ def checked(inputs: Inputs, settings: Settings, running: Running | RunningState 
     return inputs if mask is None else inputs._replace(mask=check_mask(mask, x))
 
 
-def _is_one_operation(inputs: Inputs, state: RunningState) -> bool:
-    # What is compiled needs the statistics as an output, to move them where it can order the writes.
-    x = inputs.x
-    if torch.compiler.is_compiling() or x.numel() == 0 or not backends.take(x, inputs.residual):
-        return False
-    return state.mean.dtype == accumulation_dtype(x.dtype) and backends.take_state(x, state)
-
-
-def _kernels_move(state: RunningState, mean: Tensor) -> bool:
-    return backends.take(mean) and mean.dtype == state.mean.dtype and backends.take_state(mean, state)
-
-
 def _is_kernels_evaluation(inputs: Inputs, settings: Settings, example_weight: float) -> bool:
-    if torch.compiler.is_compiling() or torch.jit._trace.is_tracing():  # what is exported must run where we are not
-        return False
     x, weight, bias, mask, residual = inputs
     is_batch_norm = example_weight == 0 and settings.grouping.channels_per_group == 1 and mask is None
     if is_batch_norm and residual is None and settings.act is None:  # torch's own is as fast
+        return False
+    if torch.compiler.is_compiling() or torch.jit._trace.is_tracing():  # what is exported must run where we are not
         return False
     if x.numel() == 0 or not backends.take(x, residual):
         return False
@@ -196,5 +184,6 @@ def _normalize_nothing(inputs: Inputs) -> tuple[Tensor, Moments]:
 
 def _as_accumulated(x: Tensor, running: Running) -> Running:
     dtype = accumulation_dtype(x.dtype)
-    # a cast to its own dtype would hide a statistic from what folds exported graphs
-    return Running(*(statistic if statistic.dtype == dtype else statistic.to(dtype) for statistic in running))
+    if running.mean.dtype == running.var.dtype == dtype:
+        return running  # a cast to its own dtype would hide a statistic from what folds exported graphs
+    return Running(running.mean.to(dtype), running.var.to(dtype))

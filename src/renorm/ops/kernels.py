@@ -41,11 +41,11 @@ def normalize(inputs: Inputs, settings: Settings, correction: Target | Correctio
     Returns:
         The output and the moments.
     """
-    arguments = NormalizeArguments.of(inputs, settings, correction)
     if torch.compiler.is_compiling():
+        arguments = NormalizeArguments.of(inputs, settings, correction)
         y, mean, var, count, _ = _OPS.normalize.default(*arguments)
     else:
-        y, mean, var, count, _ = _Normalize.apply(*inputs, settings, arguments)
+        y, mean, var, count, _ = _Normalize.apply(*inputs, settings, correction)
     return y, Moments(mean, var, count)
 
 
@@ -62,7 +62,7 @@ def step(inputs: Inputs, settings: Settings, state: RunningState, limits: tuple[
     Returns:
         The output.
     """
-    y: Tensor = _Step.apply(*inputs, settings, StepArguments.of(inputs, settings, state, limits, rule))
+    y: Tensor = _Step.apply(*inputs, settings, state, limits, rule)
     torch.autograd.graph.increment_version(state)
     return y
 
@@ -155,13 +155,14 @@ class _Normalize(torch.autograd.Function):
         mask: Tensor | None,
         residual: Tensor | None,
         settings: Settings,
-        arguments: tuple[Any, ...],
+        correction: Target | Correction | None,
     ) -> tuple[Tensor, ...]:
-        # the arguments hold the inputs too, not seen by autograd there
+        inputs = Inputs(x, weight, bias, mask, residual)
+        arguments = NormalizeArguments.of(inputs, settings, correction)
         output: tuple[Tensor, ...] = _OPS.normalize_eager.default(*arguments)
         y, *statistics = output
         ctx.mark_non_differentiable(*statistics)
-        _save(ctx, Inputs(x, weight, bias, mask, residual), settings, y, *statistics[2:])
+        _save(ctx, inputs, settings, y, *statistics[2:])
         return output
 
     @staticmethod
@@ -169,8 +170,8 @@ class _Normalize(torch.autograd.Function):
         return *_gradients(ctx, dy), None, None
 
 
-class _Step(_Normalize):
-    # Its statistics are no outputs: autograd would have to be told about each of them.
+class _Step(torch.autograd.Function):
+    # The same, but that its statistics are no outputs: autograd would have to be told about each of them.
     @staticmethod
     def forward(
         ctx: Any,
@@ -180,11 +181,19 @@ class _Step(_Normalize):
         mask: Tensor | None,
         residual: Tensor | None,
         settings: Settings,
-        arguments: tuple[Any, ...],
+        state: RunningState,
+        limits: tuple[Any, Any] | None,
+        rule: Rule,
     ) -> Any:
+        inputs = Inputs(x, weight, bias, mask, residual)
+        arguments = StepArguments.of(inputs, settings, state, limits, rule)
         y, count, coefficients = _OPS.normalize_and_track.default(*arguments)
-        _save(ctx, Inputs(x, weight, bias, mask, residual), settings, y, count, coefficients)
+        _save(ctx, inputs, settings, y, count, coefficients)
         return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, dy), None, None, None, None
 
 
 def _output_like(x: Tensor) -> Tensor:

@@ -232,8 +232,8 @@ class StepArguments(NamedTuple):
     def of(
         cls, inputs: Inputs, settings: Settings, state: RunningState, limits: tuple[Any, Any] | None, rule: Rule
     ) -> tuple[Any, ...]:
-        r_max, d_max = (None, None) if limits is None else limits
-        return (*inputs, *state, _as_tensor(r_max), _as_tensor(d_max), *_flat(settings), *rule)
+        r_max, d_max = (None, None) if limits is None else map(_as_tensor, limits)
+        return (*inputs, *state, r_max, d_max, *_flat(settings), *rule)
 
     def read(self) -> tuple[Inputs, Settings, RunningState, tuple[Any, Any] | None, Rule]:
         inputs = Inputs(self.x, self.weight, self.bias, self.mask, self.residual)
@@ -252,8 +252,8 @@ def _settings(examples_per_group: int | None, channels_per_group: int, eps: floa
     return Settings(Grouping(examples_per_group, channels_per_group), eps, None if act == "none" else act)
 
 
-def _as_tensor(limit: float | Tensor | None) -> Tensor | None:
-    if limit is None or isinstance(limit, Tensor):
+def _as_tensor(limit: float | Tensor) -> Tensor:
+    if isinstance(limit, Tensor):
         return limit
     return torch.tensor(limit, dtype=torch.float64) if torch.compiler.is_compiling() else _constant(limit)
 

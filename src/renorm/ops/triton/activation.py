@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 # How the kernels know an activation.
-CODES = {None: 0, "relu": 1, "relu6": 2, "leaky_relu": 3, "silu": 4, "gelu": 5}
+CODES = {None: 0, "relu": 1, "relu6": 2, "leaky_relu": 3, "silu": 4, "gelu": 5, "hardswish": 6}
 
 
 @triton.jit
@@ -28,6 +28,8 @@ def activate(z, ACT: tl.constexpr):
         z = z * sigmoid(z)
     elif ACT == 5:
         z = z * 0.5 * (1 + tl.erf(z * 0.70710678118654752440))
+    elif ACT == 6:
+        z = tl.where(z <= -3, 0.0, tl.where(z >= 3, z, z * (z + 3) * 0.16666666666666666))
     return z
 
 
@@ -46,4 +48,6 @@ def backpropagate(dy, z, ACT: tl.constexpr):
     elif ACT == 5:
         cumulative = 0.5 * (1 + tl.erf(z * 0.70710678118654752440))
         dy = dy * (cumulative + z * 0.39894228040143267794 * tl.exp(-0.5 * z * z))
+    elif ACT == 6:
+        dy = tl.where(z <= -3, 0.0, tl.where(z >= 3, dy, dy * (z * 0.33333333333333333 + 0.5)))
     return dy

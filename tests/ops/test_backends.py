@@ -1,0 +1,52 @@
+"""What can compute, and how one more is added."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from renorm.grouping import Grouping
+from renorm.ops import aten, backends, reference
+from renorm.ops.problem import Inputs, Settings
+
+
+def test_a_backend_is_five_functions_and_is_asked_by_layers() -> None:
+    script = Path(__file__).with_name("toy_backend.py")
+    environment = os.environ | {"RENORM_CPU": "off", "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["evaluate", "normalize", "normalize_and_track", "normalize_backward", "track"]
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "grouping", "expected"),
+    [
+        (torch.zeros(4, 3, 2), None, Grouping(), aten.CPU),
+        (torch.zeros(4, 3, 2), None, Grouping(4), aten.CPU),
+        (torch.zeros(4, 3, 2), None, Grouping(2), reference.DEFINITION),
+        (torch.zeros(4, 3, 2), torch.ones(4, 2, dtype=torch.bool), Grouping(), reference.DEFINITION),
+        (torch.zeros(4, 3, 2, dtype=torch.bfloat16), None, Grouping(), reference.DEFINITION),
+        (torch.zeros(4, 2, 3).mT, None, Grouping(), aten.CPU),
+        (torch.zeros(3, 4, 2).movedim(1, 0), None, Grouping(), reference.DEFINITION),
+    ],
+    ids=["a channel", "a channel in one group", "groups", "masked", "half precision", "channels last", "other strides"],
+)
+def test_torch_s_own_kernels_take_plain_batches_in_float32(
+    x: torch.Tensor, mask: torch.Tensor | None, grouping: Grouping, expected: object
+) -> None:
+    assert backends.of_torch(Inputs(x, mask=mask), Settings(grouping, 1e-5)) is expected
+
+
+def test_kernels_take_no_mixed_dtypes_and_no_subclasses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends.available, "cpu", True)
+    x = torch.zeros(4, 3)
+    assert backends.take(x, x)
+    assert not backends.take(x, x.double())
+    assert not backends.take(x.long())
+    assert not backends.take(x.as_subclass(type("Subclass", (torch.Tensor,), {})))
+    assert not backends.take(torch.zeros(4, 3, device="meta"))
