@@ -55,6 +55,7 @@ def batch_norm(
         Ioffe & Szegedy 2015; Summers & Dinneen 2020, sections 3.2 and 3.4.
 
     Example:
+        >>> import torch
         >>> y, moments = batch_norm(torch.tensor([[1.0], [3.0]]), eps=0.0)
         >>> y.tolist(), moments.mean.item(), moments.var.item()
         ([[-1.0], [1.0]], 2.0, 1.0)
@@ -112,6 +113,7 @@ def batch_renorm(
         Ioffe 2017, algorithm 1.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([[1.0], [3.0]])
         >>> y, _ = batch_renorm(x, torch.tensor([1.0]), torch.tensor([4.0]), r_max=3, d_max=5, eps=0.0)
         >>> y.tolist()  # (x - 1) / 2
@@ -162,6 +164,7 @@ def renormalize(
         Ioffe 2017, section 3.
 
     Example:
+        >>> import torch
         >>> y, _ = renormalize(torch.tensor([[1.0], [3.0]]), torch.tensor([[0.5]]), torch.tensor([[0.5]]), eps=0.0)
         >>> y.tolist()
         [[0.0], [1.0]]
@@ -222,6 +225,7 @@ def weighted_batch_norm(
         Summers & Dinneen 2020, section 3.1, equation 3.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([[[0.0, 2.0]]])
         >>> mean, var = torch.tensor([3.0]), torch.tensor([1.0])
         >>> weighted_batch_norm(x, mean, var, eps=0.0).tolist()

@@ -40,9 +40,10 @@ def forward(inputs: Inputs, settings: Settings, correction: Target | Correction 
     Returns:
         The output, the moments, and r and d.
     """
+    parts = settings.grouping.parts(inputs.x.shape[0])
+    if len(parts) == 1:  # asked before there are slices, which would fix a compiled batch size
+        return _forward(inputs, settings, correction, parts[0][0])
     runs = settings.grouping.runs(inputs.x.shape[0])
-    if len(runs) == 1:
-        return _forward(inputs, settings, correction, runs[0].number)
     pieces = [_forward(_of(run, inputs), settings, _of_groups(run, correction), run.number) for run in runs]
     corrections = [piece.correction for piece in pieces if piece.correction is not None]
     return Normalized(
@@ -70,15 +71,14 @@ def backward(
     Returns:
         The gradients of x, weight and bias.
     """
-    runs = settings.grouping.runs(inputs.x.shape[0])
-    if len(runs) == 1:
+    if len(settings.grouping.parts(inputs.x.shape[0])) == 1:
         return _backward(dy, inputs, settings, moments, correction)
     pieces = [
         _backward(
             dy[run.examples], _of(run, inputs), settings, Moments(*(moment[run.groups] for moment in moments)),
             None if correction is None else Correction(correction.r[run.groups], correction.d[run.groups]),
         )
-        for run in runs
+        for run in settings.grouping.runs(inputs.x.shape[0])
     ]  # fmt: skip
     dx, dweight, dbias = zip(*pieces, strict=True)
     return Gradients(torch.cat(dx), sum(dweight[1:], dweight[0]), sum(dbias[1:], dbias[0]))
