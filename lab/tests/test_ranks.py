@@ -15,8 +15,7 @@ from renorm_lab.errors import LabError
 from renorm_lab.jobs import job
 from renorm_lab.recipes.microbatch import Microbatch
 from renorm_lab.recipes.range import Range
-from renorm_lab.training import ranks
-from renorm_lab.training.ranks import Share, share_of
+from renorm_lab.training.ranks import Share, make_fabric, share_of
 
 from .test_parts import run
 
@@ -55,20 +54,22 @@ def test_what_ranks_cannot_share_is_refused(number: int, changes: dict, message:
 
 
 def test_without_torchrun_there_is_one_rank():
-    assert (ranks.number(), ranks.rank(), ranks.from_first("mine"), ranks.device("cuda")) == (1, 0, "mine", "cuda")
+    fabric = make_fabric("cpu")
+    assert (fabric.world_size, fabric.global_rank, fabric.broadcast("mine")) == (1, 0, "mine")
+    assert fabric.device == make_fabric("cpu:0").device == torch.device("cpu")
 
 
-def torchrun(number: int, recipe: Microbatch | Range) -> subprocess.Popen[bytes]:
+def torchrun(number: int, recipe: Microbatch | Range, stderr: int | None = None) -> subprocess.Popen[bytes]:
     options = [
         f"--data={recipe.data}", f"--batch-size={recipe.batch_size}", f"--steps={recipe.steps}", "--seeds=1",
         f"--group-sizes={list(recipe.group_sizes)}", f"--methods={list(recipe.methods)}", "--augment=true",
         f"--checkpoint-every={recipe.checkpoint_every}", f"--precision={recipe.precision}",
-        "--save-weights=true", "--logger=none", f"--out={recipe.folder}",
+        "--save-weights=true", "--logger=none", f"--out={recipe.folder}", f"--device={recipe.device}",
     ]  # fmt: skip
     if isinstance(recipe, Microbatch):
         options.append(f"--forward-size={recipe.forward_size or 'null'}")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
-    return subprocess.Popen([*launcher, "-m", "renorm_lab", "run", recipe.name, *options])
+    return subprocess.Popen([*launcher, "-m", "renorm_lab", "run", recipe.name, *options], stderr=stderr)
 
 
 def losses(folder: Path) -> list[float]:
@@ -136,6 +137,25 @@ def test_what_ranks_measure_is_that_of_one_process(npz: Path, tmp_path: Path):
     job.carry_out(alone, "")
     assert torchrun(4, together).wait(300) == 0  # groups of two ranks
     assert measures(together.folder) == pytest.approx(measures(alone.folder), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"data": "nowhere"}, "renorm: error: nowhere: there is no such file"),
+        ({"steps": 9}, "holds results with steps = 8, not 9"),
+        ({"device": "nothing"}, "renorm: error: device nothing cannot be used"),
+    ],
+)
+def test_an_error_of_ranks_is_a_line_of_each(together: Microbatch, wrong: dict, message: str):
+    together = replace(together, methods=("batch_norm",), group_sizes=(16,))
+    job.carry_out(together, "")
+    process = torchrun(2, replace(together, **wrong), subprocess.PIPE)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode != 0
+    assert message in said
+    assert "[rank" not in said  # as torch marks tracebacks
 
 
 def measures(folder: Path) -> dict[str, float]:

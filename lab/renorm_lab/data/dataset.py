@@ -29,7 +29,7 @@ class Part:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: str) -> Part:
+    def to(self, device: torch.device) -> Part:
         """The part on a device; files stay where they are."""
         images = self.images if isinstance(self.images, ImageFiles) else self.images.to(device)
         return Part(images, self.labels.to(device))
@@ -121,7 +121,7 @@ class Dataset:
         """The data set for networks in float64."""
         return replace(self, mean=self.mean.double(), std=self.std.double())
 
-    def to(self, device: str) -> Dataset:
+    def to(self, device: torch.device) -> Dataset:
         """The data set on a device."""
         return replace(
             self,

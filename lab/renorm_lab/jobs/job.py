@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from rich.console import Console
@@ -17,14 +18,19 @@ from ..report.summary import markdown_table, summarize, terminal_table
 from ..results import Results, read_finished, write_results
 from ..runs import Result, Run
 from ..store import file_stem, replace_text
-from ..training import ranks
 from ..training.batches import batch_sampler
 from ..training.checkpoints import Checkpoints
 from ..training.loggers import check_logger
+from ..training.ranks import make_fabric, share_of
 from .execution import run_here, run_in_processes
 from .interrupts import hearing_termination
 from .progress_bar import RunProgress
 from .provenance import check_folder, write_origin
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+Value = TypeVar("Value")
 
 
 def carry_out(recipe: Recipe, command: str) -> None:
@@ -40,54 +46,74 @@ def carry_out(recipe: Recipe, command: str) -> None:
         LabError: data, options or the output folder are wrong, or a run failed.
         KeyboardInterrupt: from outside, by Ctrl-C or SIGTERM; the same call continues.
     """
-    ranks.join(recipe.device)
-    with ranks.first_one_first():  # it may have to download
-        dataset = recipe.load()
+    fabric = make_fabric(recipe.device)
+    dataset = _load(recipe, fabric)
     runs = recipe.runs(dataset)
-    _check(runs, dataset, recipe)
-    results: Results = {}
-    if ranks.rank() == 0:
-        check_folder(recipe)
-        results = read_finished(recipe.folder, runs)
-        if len(results) < len(runs):
-            write_origin(recipe, command)
-    results = ranks.from_first(results)
+    _check(runs, dataset, recipe, fabric.world_size)
+    results = _begin(recipe, runs, command, fabric)
     with hearing_termination():
-        _run_missing(recipe, runs, results, dataset)
-    if ranks.rank() == 0:
+        _run_missing(recipe, runs, results, dataset, fabric)
+    if fabric.is_global_zero:
         shutil.rmtree(recipe.folder / "checkpoints", ignore_errors=True)  # what is left where a process was killed
         _report(recipe, _in_order(results, runs))
 
 
-def _run_missing(recipe: Recipe, runs: list[Run], results: Results, dataset: Dataset) -> None:
+def _load(recipe: Recipe, fabric: Fabric) -> Dataset:
+    """The data, on rank 0 first, which may have to download them; an error waits until no rank waits for another."""
+    loaded: Dataset | LabError
+    with fabric.rank_zero_first():
+        try:
+            loaded = recipe.load()
+        except LabError as error:
+            loaded = error
+    return _unless_error(loaded)
+
+
+def _begin(recipe: Recipe, runs: list[Run], command: str, fabric: Fabric) -> Results:
+    """What is finished already; rank 0 looks and writes where the results come from, and all ranks hear of it."""
+    finished: Results | LabError = {}
+    if fabric.is_global_zero:
+        try:
+            check_folder(recipe)
+            finished = read_finished(recipe.folder, runs)
+            if len(finished) < len(runs):
+                write_origin(recipe, command, fabric.world_size)
+        except LabError as error:
+            finished = error
+    return _unless_error(fabric.broadcast(finished))
+
+
+def _unless_error(value: Value | LabError) -> Value:
+    if isinstance(value, LabError):
+        raise value
+    return value
+
+
+def _run_missing(recipe: Recipe, runs: list[Run], results: Results, dataset: Dataset, fabric: Fabric) -> None:
     missing = [run for run in runs if run not in results]
 
     def keep(run: Run, result: Result) -> None:
         results[run] = result
-        if ranks.rank() == 0:
+        if fabric.is_global_zero:
             write_results(recipe.folder, _in_order(results, runs))
             Checkpoints(recipe.folder, run).remove()
 
     epoch_steps = [len(batch_sampler(run, dataset.train)) for run in missing]
     workers = min(recipe.workers or os.cpu_count() or 1, len(missing))
-    with RunProgress(missing, len(results), epoch_steps, visible=ranks.rank() == 0) as progress:
-        if workers > 1 and recipe.device == "cpu" and ranks.number() == 1:
+    with RunProgress(missing, len(results), epoch_steps, visible=fabric.is_global_zero) as progress:
+        if workers > 1 and recipe.device == "cpu" and fabric.world_size == 1:
             run_in_processes(missing, recipe, workers, keep, progress.show)
         elif missing:
-            run_here(missing, dataset.to(ranks.device(recipe.device)), recipe, keep, progress.show)
+            run_here(missing, dataset.to(fabric.device), recipe, keep, progress.show)
 
 
-def _check(runs: list[Run], dataset: Dataset, recipe: Recipe) -> None:
+def _check(runs: list[Run], dataset: Dataset, recipe: Recipe, processes: int) -> None:
     if not runs:
         raise LabError("options that are lists (as --methods) must have at least one element")
     _check_distinct(runs)
     check_logger(recipe)
-    try:
-        torch.empty(0, device=recipe.device)
-    except (RuntimeError, AssertionError) as error:
-        raise LabError(f"device {recipe.device} cannot be used: {str(error).splitlines()[0]}") from None
     for run in runs:
-        ranks.share_of(run, ranks.number())
+        share_of(run, processes)
         try:
             batch_sampler(run, dataset.train)
             with torch.device("meta"):  # shapes are checked, and weights take no time

@@ -17,7 +17,6 @@ import yaml
 from ..errors import LabError
 from ..recipe import Recipe
 from ..store import read_settings, replace_text
-from ..training import ranks
 
 _INDIFFERENT = ("out", "data_root", "workers", "checkpoint_every", "logger", "save_weights")  # results are the same
 _PACKAGES = ("renorm", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn")
@@ -35,7 +34,7 @@ def check_folder(recipe: Recipe) -> None:
     _check_same(_read_options(recipe.folder), {"recipe": recipe.name} | _options(recipe), recipe)
 
 
-def write_origin(recipe: Recipe, command: str) -> None:
+def write_origin(recipe: Recipe, command: str, processes: int) -> None:
     """Say in the output folder where the results come from that will be trained now.
 
     The first time config.yaml, which `renorm run RECIPE --config` takes, command.txt and provenance.json; later an
@@ -44,6 +43,7 @@ def write_origin(recipe: Recipe, command: str) -> None:
     Args:
         recipe: the recipe with its options.
         command: the command line.
+        processes: number of ranks that train together.
 
     Raises:
         LabError: the folder cannot be used.
@@ -56,7 +56,7 @@ def write_origin(recipe: Recipe, command: str) -> None:
     else:
         machine = {"system": platform.platform(), "cores": os.cpu_count(), "device": recipe.device}
         origin = {"recipe": recipe.name, "seeds": list(range(recipe.seeds)), **programs}
-        origin |= {"machine": machine, "processes": ranks.number()}
+        origin |= {"machine": machine, "processes": processes}
     options = yaml.safe_dump(_options(recipe), sort_keys=False, allow_unicode=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,6 @@ from ..errors import LabError
 from ..recipe import LoggerName, Recipe
 from ..runs import CurvePoint, Run
 from ..store import file_stem
-from . import ranks
 
 _PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 _POINTS = 100  # of the loss during a training
@@ -39,17 +38,18 @@ def check_logger(recipe: Recipe) -> None:
 
 
 class Log:
-    """The log of a training; only rank 0's is written.
+    """The log of a training.
 
     Args:
         recipe: says which logger, and where.
         run: the run.
         step: steps that were trained before.
         model: the network; r, d and the gap of its norm layers are logged too.
+        writes: whether this process writes it: of several ranks one does.
     """
 
-    def __init__(self, recipe: Recipe, run: Run, step: int, model: nn.Module) -> None:
-        writes = ranks.rank() == 0 and _missing_package(recipe.logger) is None
+    def __init__(self, recipe: Recipe, run: Run, step: int, model: nn.Module, *, writes: bool) -> None:
+        writes = writes and _missing_package(recipe.logger) is None
         self._logger = _make_logger(recipe, run, step) if writes else None
         self._name = recipe.logger
         self._every = max(1, run.steps // _POINTS)

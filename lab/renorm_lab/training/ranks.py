@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import distributed, nn
@@ -21,7 +19,6 @@ from ..runs import Precision, Run
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-Value = TypeVar("Value")
 # Without the broadcast of rank 0's buffers before each forward, which has another name from torch 2.13 on.
 _PARAMETERS = signature(DistributedDataParallel).parameters
 _NO_BROADCAST: dict[str, Any] = {
@@ -30,7 +27,7 @@ _NO_BROADCAST: dict[str, Any] = {
 
 
 def make_fabric(device: str, precision: Precision = "32-true") -> Fabric:
-    """What moves models to the device, casts, and averages gradients over ranks.
+    """What moves models to the device, casts, averages gradients over ranks, and says which of them this is.
 
     Args:
         device: where to train, such as cpu or cuda; under torchrun every rank takes a device of this type.
@@ -38,84 +35,31 @@ def make_fabric(device: str, precision: Precision = "32-true") -> Fabric:
 
     Returns:
         Fabric; under torchrun this process has joined the others.
+
+    Raises:
+        LabError: the device cannot be used.
     """
     from lightning.fabric import Fabric  # here, since it takes seconds
     from lightning.fabric.strategies.ddp import DDPStrategy
 
-    target = torch.device(device)
-    if not distributed.is_torchelastic_launched():
-        devices = 1 if target.index is None else [target.index]
-        return Fabric(accelerator=target.type, devices=devices, precision=precision)
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    fabric = Fabric(
-        accelerator=target.type,
-        strategy=DDPStrategy(**_NO_BROADCAST),  # renorm.synchronize merges the running statistics
-        devices=local,
-        num_nodes=int(os.environ["WORLD_SIZE"]) // local,
-        precision=precision,
-    )
+    try:
+        torch.empty(0, device=device)
+        target = torch.device(device)
+        if not distributed.is_torchelastic_launched():
+            devices = 1 if target.index is None or target.type == "cpu" else [target.index]
+            return Fabric(accelerator=target.type, devices=devices, precision=precision)
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        fabric = Fabric(
+            accelerator=target.type,
+            strategy=DDPStrategy(**_NO_BROADCAST),  # renorm.synchronize merges the running statistics
+            devices=local,
+            num_nodes=int(os.environ["WORLD_SIZE"]) // local,
+            precision=precision,
+        )
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise LabError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
     fabric.launch()
     return fabric
-
-
-def join(device: str) -> None:
-    """Join the other ranks, if torchrun started this process.
-
-    Args:
-        device: where to train.
-    """
-    if distributed.is_torchelastic_launched():
-        make_fabric(device)
-
-
-def device(name: str) -> str:
-    """The device of this rank.
-
-    Args:
-        name: where to train, such as cpu or cuda.
-
-    Returns:
-        The same but for GPUs under torchrun, of which each rank has its own.
-    """
-    if number() == 1 or name == "cpu":
-        return name
-    return f"{torch.device(name).type}:{os.environ['LOCAL_RANK']}"
-
-
-@contextmanager
-def first_one_first() -> Iterator[None]:
-    """A block that rank 0 goes through before the others do."""
-    if rank() > 0:
-        distributed.barrier()
-    yield
-    if rank() == 0 and number() > 1:
-        distributed.barrier()
-
-
-def number() -> int:
-    """Processes that train together: 1 but for torchrun."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def rank() -> int:
-    """Number of this process among them; 0 alone writes."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def from_first(value: Value) -> Value:
-    """The value that rank 0 has.
-
-    Args:
-        value: of this rank; only rank 0's matters.
-
-    Returns:
-        Rank 0's, on all of them.
-    """
-    if number() == 1:
-        return value
-    values = [value]
-    distributed.broadcast_object_list(values)
-    return values[0]
 
 
 @dataclass(frozen=True)
@@ -156,16 +100,17 @@ class Share:
         if self.sync is not None:
             renorm.synchronize(model, self.sync, ranks_per_group=self.ranks_per_group)
 
-    def of(self, batch: torch.Tensor) -> torch.Tensor:
-        """The examples of this rank.
+    def of(self, batch: torch.Tensor, rank: int) -> torch.Tensor:
+        """The examples of a rank.
 
         Args:
             batch: (N, ...), the same on all ranks.
+            rank: its number.
 
         Returns:
             (examples, ...).
         """
-        return batch.narrow(0, rank() * self.examples, self.examples)
+        return batch.narrow(0, rank * self.examples, self.examples)
 
 
 def share_of(run: Run, ranks: int) -> Share:

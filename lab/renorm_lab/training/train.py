@@ -19,7 +19,6 @@ from ..networks.network import make_network
 from ..recipe import Recipe
 from ..runs import CurvePoint, Result, Run
 from ..store import save_weights
-from . import ranks
 from .batches import batch_sampler, batches
 from .checkpoints import Checkpoints, random_states, set_random_states
 from .evaluation import ALPHAS, best_alpha, evaluate
@@ -28,6 +27,7 @@ from .measures import measure
 from .objectives import Loss, objective
 from .optimizers import make_average, make_optimizer, make_schedule
 from .pretraining import prepare
+from .ranks import make_fabric, share_of
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -56,7 +56,7 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, progress: Callable[[int], 
     training = Training(run, dataset, recipe)
     training.finish(progress)
     model = training.trained
-    if recipe.save_weights and ranks.rank() == 0:
+    if recipe.save_weights and training.fabric.is_global_zero:
         save_weights(recipe.folder, run, model)
     validation = {alpha: evaluate(model, run, dataset, dataset.validation, alpha).accuracy for alpha in ALPHAS}
     alpha = best_alpha(validation)
@@ -71,7 +71,7 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, progress: Callable[[int], 
         test_loss_on=on.loss,
         seconds=training.seconds,
         curve=tuple(training.curve),
-        measures=measure(run, model if ranks.number() == 1 else _alone(model, run, dataset), dataset),
+        measures=measure(run, model if training.fabric.world_size == 1 else _alone(model, run, dataset), dataset),
         versions=program_versions(),
     )
 
@@ -105,12 +105,12 @@ class Training:
     def __init__(self, run: Run, dataset: Dataset, recipe: Recipe) -> None:
         self._started = time.perf_counter()
         self._run, self._dataset, self._recipe = run, dataset, recipe
-        self._fabric = ranks.make_fabric(recipe.device, run.precision)
-        self._share = ranks.share_of(run, ranks.number())
+        self.fabric = make_fabric(recipe.device, run.precision)
+        self._share = share_of(run, self.fabric.world_size)
         torch.manual_seed(run.seed)
         random.seed(run.seed)
         self.model = make_network(self._share.layers_of(run), dataset).to(dataset.mean)  # its device and dtype
-        if self._fabric.device.type == "cuda":
+        if self.fabric.device.type == "cuda":
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self._share.synchronize(self.model)
         self._optimizer = make_optimizer(self.model, run)
@@ -140,7 +140,7 @@ class Training:
         Raises:
             LabError: a checkpoint cannot be written.
         """
-        state = ranks.from_first(self._checkpoints.load() if ranks.rank() == 0 else None)
+        state = self.fabric.broadcast(self._checkpoints.load() if self.fabric.is_global_zero else None)
         if state is not None:
             self._set_state(state)
         elif self._run.pretraining_steps:
@@ -148,13 +148,14 @@ class Training:
             self._save()
         recipe, run = self._recipe, self._run
         to_train: Any = torch.compile(self.model) if recipe.compile else self.model
-        model, optimizer = self._fabric.setup(to_train, self._optimizer, move_to_device=False)
+        model, optimizer = self.fabric.setup(to_train, self._optimizer, move_to_device=False)
         loss = objective(run)
-        with Log(recipe, run, self._step, self.model) as log:
+        with Log(recipe, run, self._step, self.model, writes=self.fabric.is_global_zero) as log:
             for images, labels in batches(run, self._dataset, self._step):
                 optimizer.zero_grad()
-                mine = self._share.of(images), self._share.of(labels)
-                self._losses.append(backward(self._fabric, model, loss, *mine, self._share.forward_size))
+                rank = self.fabric.global_rank
+                mine = self._share.of(images, rank), self._share.of(labels, rank)
+                self._losses.append(backward(self.fabric, model, loss, *mine, self._share.forward_size))
                 optimizer.step()
                 self._schedule.step()
                 if self._average is not None:
@@ -178,15 +179,15 @@ class Training:
 
     def _over_ranks(self, losses: list[Tensor]) -> list[Tensor]:
         """Means over the ranks' shares of the minibatches."""
-        if not losses or self._fabric.world_size == 1:
+        if not losses or self.fabric.world_size == 1:
             return losses
-        merged = self._fabric.all_reduce(torch.stack(losses), reduce_op="mean")
+        merged = self.fabric.all_reduce(torch.stack(losses), reduce_op="mean")
         assert isinstance(merged, Tensor)
         return list(merged.unbind())
 
     def _save(self) -> None:
         self._losses = self._over_ranks(self._losses)  # so that one rank's state is that of all
-        if ranks.rank() == 0:
+        if self.fabric.is_global_zero:
             self._checkpoints.save(self._step, self._state())
 
     def _state(self) -> dict[str, Any]:
@@ -199,11 +200,11 @@ class Training:
             "losses": self._losses,
             "curve": [astuple(point) for point in self.curve],
             "seconds": self.seconds,
-            "random": random_states(self._fabric.device),
+            "random": random_states(self.fabric.device),
         }
 
     def _set_state(self, state: dict[str, Any]) -> None:
-        device = self._fabric.device
+        device = self.fabric.device
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
