@@ -18,7 +18,7 @@ from renorm.samplers import ClassBatchSampler, RandomBatchSampler
 
 from .data import Dataset, load_dataset
 from .errors import LabError
-from .store import replace_file
+from .store import save_file
 
 
 def inspect_model(
@@ -62,7 +62,7 @@ def inspect_model(
         raise LabError(str(error)) from error
     Console().print(found)
     if csv is not None:
-        replace_file(csv, found.to_csv)
+        save_file(csv, found.to_csv)
     if plot is not None:
         _save(found, plot)
 
@@ -70,7 +70,7 @@ def inspect_model(
 def _save(found: renorm.Inspection, plot: Path) -> None:
     kind = plot.suffix.removeprefix(".") or "png"
     try:
-        replace_file(plot, lambda path: found.plot().savefig(path, format=kind))
+        save_file(plot, lambda path: found.plot().savefig(path, format=kind))
     except ValueError as error:  # no kind of picture
         raise LabError(f"{plot}: {error}") from None
 

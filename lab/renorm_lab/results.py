@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from .errors import LabError
 from .runs import CurvePoint, Result, Run
-from .store import replace_file
+from .store import save_file
 
 Results = dict[Run, Result]
 
@@ -169,7 +169,7 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, A
             writer.writeheader()
             writer.writerows(rows)
 
-    replace_file(path, write)
+    save_file(path, write)
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:

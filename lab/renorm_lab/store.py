@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +12,14 @@ import torch
 import yaml
 from torch import nn
 
+from renorm.files import replace_file
+
 from .errors import LabError
 from .runs import Run
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that nobody ever sees half of it, even if the machine loses power.
+def save_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file by `renorm.files.replace_file`.
 
     Args:
         path: the file.
@@ -27,28 +28,20 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         LabError: it cannot be written, as when the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        try:
-            write(temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink(missing_ok=True)  # half a file would only fill the disk
-            raise
-        os.replace(temporary, path)
+        replace_file(path, write)
     except OSError as error:
         raise LabError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file so that nobody ever sees half of it.
+def save_text(path: Path, text: str) -> None:
+    """Write a text file.
 
     Args:
         path: the file.
         text: its content.
     """
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    save_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def file_stem(run: Run) -> str:
@@ -73,7 +66,7 @@ def save_weights(folder: Path, run: Run, model: nn.Module) -> None:
     """
     path = folder / "weights" / f"{file_stem(run)}.pt"
     path.parent.mkdir(exist_ok=True)
-    replace_file(path, lambda temporary: torch.save(model.state_dict(), temporary))
+    save_file(path, lambda temporary: torch.save(model.state_dict(), temporary))
 
 
 def read_settings(path: Path) -> dict[str, Any]:

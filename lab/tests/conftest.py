@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from renorm_lab.recipe import Recipe, Scale
 from renorm_lab.recipes.microbatch import Microbatch
 from renorm_lab.recipes.noniid import NonIid

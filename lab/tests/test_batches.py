@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+
 from renorm_lab.data import Dataset, Part, load_dataset
 from renorm_lab.data.augmentation import crop_and_flip
 from renorm_lab.training.batches import batch_sampler, batches

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from renorm_lab.data import load_dataset
 from renorm_lab.data.classes import load_unseen, set_aside
 from renorm_lab.errors import LabError

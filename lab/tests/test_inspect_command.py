@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from renorm_lab.cli import main
 
 MODULE = """
@@ -55,6 +56,7 @@ def test_findings_table_and_picture_of_a_model(options: list[str], capsys: pytes
         (["mine:absent"], "mine:absent: module 'mine' has no attribute 'absent'"),
         (["mine:NET"], "model must be module:function, got 'mine:NET', a Sequential"),
         (["mine:network", "--csv", "absent/layers.csv"], "absent/layers.csv: cannot be written: No such file"),
+        (["mine:network", "--csv", "."], ".: cannot be written: Is a directory"),
         (["mine:network", "--plot", "absent/layers.svg"], "absent/layers.svg: cannot be written: No such file"),
         (["mine:network", "--plot", "layers.foo"], "layers.foo: Format 'foo' is not supported"),
         (["mine:nothing"], "mine:nothing must return a torch.nn.Module, got NoneType"),

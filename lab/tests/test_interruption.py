@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
+
 from renorm_lab.errors import LabError
 from renorm_lab.jobs import job
 from renorm_lab.recipes.finetune import Finetune

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+
 from renorm_lab.cli import main
 from renorm_lab.errors import LabError
 from renorm_lab.jobs import execution, job

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import renorm
 from renorm_lab.data import Dataset, load_dataset
 from renorm_lab.networks.network import make_network
 from renorm_lab.runs import Run
 from renorm_lab.training.measures import CURVE_ALPHAS, MEASURES, measure
 from renorm_lab.training.objectives import contrastive_loss, make_scoring, objective
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-import renorm
 
 from .test_parts import run
 

@@ -7,6 +7,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
+
+import renorm
 from renorm_lab.data import Dataset, Part
 from renorm_lab.data.dataset import assemble
 from renorm_lab.networks.methods import limits, norm_factory
@@ -16,9 +19,6 @@ from renorm_lab.networks.variants import VARIANTS
 from renorm_lab.runs import Run
 from renorm_lab.training.optimizers import make_average, make_optimizer, make_schedule
 from renorm_lab.training.pretraining import prepare
-from torch import nn
-
-import renorm
 
 from .test_parts import run
 

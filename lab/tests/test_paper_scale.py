@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
 from renorm_lab.jobs import job
 from renorm_lab.recipes import RECIPES
 

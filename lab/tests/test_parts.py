@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.progress import Progress
+from torch.nn.functional import cross_entropy
+
+import renorm
 from renorm_lab.cli import main
 from renorm_lab.data import load_dataset
 from renorm_lab.jobs.progress_bar import RunProgress
@@ -15,10 +19,6 @@ from renorm_lab.runs import Result, Run
 from renorm_lab.training.evaluation import best_alpha, evaluate, set_example_weight
 from renorm_lab.training.ranks import make_fabric
 from renorm_lab.training.train import backward
-from rich.progress import Progress
-from torch.nn.functional import cross_entropy
-
-import renorm
 
 
 def run(**changes) -> Run:

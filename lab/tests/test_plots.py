@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from renorm_lab.report.plots import draw_bars
 from renorm_lab.report.summary import Cell, Summary
 

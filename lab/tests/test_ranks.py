@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from renorm_lab.errors import LabError
 from renorm_lab.jobs import job
 from renorm_lab.recipes.microbatch import Microbatch

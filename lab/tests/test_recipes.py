@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from renorm_lab.cli import main
 from renorm_lab.data import Dataset, Part, load_dataset
 from renorm_lab.data.dataset import assemble

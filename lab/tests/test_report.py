@@ -15,6 +15,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from scipy.stats import ttest_ind, ttest_rel
+
 from renorm_lab.cli import main
 from renorm_lab.data import load_dataset
 from renorm_lab.errors import LabError
@@ -29,7 +31,6 @@ from renorm_lab.report.folders import Folder, read_folder
 from renorm_lab.report.intervals import Difference, difference
 from renorm_lab.report.kinds import Claim
 from renorm_lab.runs import Result, Run
-from scipy.stats import ttest_ind, ttest_rel
 
 from .conftest import at_scale
 

@@ -10,6 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
+
+import renorm
 from renorm_lab.errors import LabError
 from renorm_lab.jobs import job
 from renorm_lab.networks.models import mlp
@@ -18,9 +21,6 @@ from renorm_lab.runs import Precision
 from renorm_lab.training import loggers
 from renorm_lab.training.ranks import make_fabric
 from renorm_lab.training.train import backward
-from torch.nn import functional as F
-
-import renorm
 
 from .test_job import rows
 

@@ -17,7 +17,7 @@ from ..report.plots import plot_bars, plot_curves
 from ..report.summary import markdown_table, summarize, terminal_table
 from ..results import Results, read_finished, write_results
 from ..runs import Result, Run
-from ..store import file_stem, replace_text
+from ..store import file_stem, save_text
 from ..training.batches import batch_sampler
 from ..training.checkpoints import Checkpoints
 from ..training.loggers import check_logger
@@ -140,7 +140,7 @@ def _in_order(results: Results, runs: list[Run]) -> Results:
 def _report(recipe: Recipe, results: Results) -> None:
     summary = summarize(results, recipe.score)
     title = f"{recipe.title}: {next(iter(results)).model} on {recipe.data}"
-    replace_text(recipe.folder / "table.md", f"# {title}\n\n{markdown_table(summary)}")
+    save_text(recipe.folder / "table.md", f"# {title}\n\n{markdown_table(summary)}")
     plot_bars(recipe.folder / "bars.png", summary, title)
     plot_curves(recipe.folder / "curves.png", results, summary, title)
     console = Console()

@@ -16,7 +16,7 @@ import yaml
 
 from ..errors import LabError
 from ..recipe import Recipe
-from ..store import read_settings, replace_text
+from ..store import read_settings, save_text
 
 _INDIFFERENT = ("out", "data_root", "workers", "checkpoint_every", "logger", "save_weights")  # results are the same
 _PACKAGES = ("renorm", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn")
@@ -64,12 +64,12 @@ def write_origin(recipe: Recipe, command: str, processes: int) -> None:
         raise LabError(f"{folder}: cannot be used for results: {error}") from None
     _write_once(folder / "config.yaml", f"# renorm run {recipe.name} --config config.yaml\n{options}")
     _write_once(folder / "command.txt", command + "\n")
-    replace_text(folder / "provenance.json", json.dumps(origin, indent=2) + "\n")
+    save_text(folder / "provenance.json", json.dumps(origin, indent=2) + "\n")
 
 
 def _write_once(path: Path, text: str) -> None:
     if not path.is_file():
-        replace_text(path, text)
+        save_text(path, text)
 
 
 def _options(recipe: Recipe) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from ..errors import LabError
-from ..store import replace_text
+from ..store import save_text
 from .compare import compare
 from .folders import read_folder
 from .losses import loss_table
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     for path in map(Path, arguments):
         try:
             text = path.read_text(encoding="utf-8")
-            replace_text(path, renewed(text, path.resolve().parent.parent / "results"))
+            save_text(path, renewed(text, path.resolve().parent.parent / "results"))
         except (LabError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..errors import LabError
 from ..recipes import RECIPES
-from ..store import replace_text
+from ..store import save_text
 from .claims import CLAIMS
 from .compare import LEVEL, Beside, beside, compare
 from .folders import Folder, read_folder
@@ -93,7 +93,7 @@ def report(folders: list[Path], out: Path = Path("runs/report")) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in ("report.html", "report.md"):
-            replace_text(out / name, _environment().get_template(name).render(content))
+            save_text(out / name, _environment().get_template(name).render(content))
     except OSError as error:
         raise LabError(f"{out}: cannot be written: {error}") from None
     Console().print(f"{content['tally']}\nThe report is in {out / 'report.html'}, and as report.md beside it.")

@@ -16,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ..results import Results
 from ..runs import CurvePoint
-from ..store import replace_file
+from ..store import save_file
 from .summary import Summary
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; without the yellow, which is too light for lines.
@@ -190,4 +190,4 @@ def _wrapped(names: Sequence[str], panels: int) -> list[str]:
 
 
 def _save_png(figure: Figure, path: Path) -> None:
-    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=_DPI, format="png"))
+    save_file(path, lambda temporary: figure.savefig(temporary, dpi=_DPI, format="png"))

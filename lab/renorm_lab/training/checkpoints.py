@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..runs import Run
-from ..store import file_stem, replace_file
+from ..store import file_stem, save_file
 
 _KEPT = 2  # the last, and the one before in case the last is damaged
 
@@ -43,7 +43,7 @@ class Checkpoints:
         torch.save(_with_builtin_numbers(state), data)
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"step-{step:09d}-{_digest(data.getvalue())}.pt"
-        replace_file(path, lambda temporary: temporary.write_bytes(data.getbuffer()))
+        save_file(path, lambda temporary: temporary.write_bytes(data.getbuffer()))
         for old in self._paths()[_KEPT:]:
             old.unlink()
 
