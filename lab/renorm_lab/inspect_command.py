@@ -24,6 +24,7 @@ from .store import save_file
 def inspect_model(
     model: str,
     data: str = "digits",
+    *,
     data_root: Path = Path("data"),
     image_size: int = 32,
     batch_size: int = 32,

@@ -49,7 +49,7 @@ class AllFour(SmallBatch):
             ("batch-group norm + limits, decay", "batch_group_renorm", "all"),
         ]
         return [
-            self.sized_run(dataset, method, group, label, size, seed, norm_decay=decay)
+            self.sized_run(dataset, method, group, label=label, size=size, seed=seed, norm_decay=decay)
             for label, named, decay in lines
             for size in self.batch_sizes
             for method, group in (self._grouping(named, size),)

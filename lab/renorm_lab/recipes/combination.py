@@ -59,7 +59,7 @@ class Combination(SmallBatch):
         ]
         return [
             self.sized_run(
-                dataset, method, self._group(method, size), METHODS[method].label + label, size, seed,
+                dataset, method, self._group(method, size), label=METHODS[method].label + label, size=size, seed=seed,
                 **(sampling | change),
             )
             for method in self.methods

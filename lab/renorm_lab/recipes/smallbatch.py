@@ -44,7 +44,9 @@ class SmallBatch(Recipe):
 
     def runs(self, dataset: Dataset) -> list[Run]:
         return [
-            self.sized_run(dataset, method, self._group(method, size), METHODS[method].label, size, seed)
+            self.sized_run(
+                dataset, method, self._group(method, size), label=METHODS[method].label, size=size, seed=seed
+            )
             for method in self.methods
             for size in self.batch_sizes
             for seed in range(self.seeds)
@@ -56,6 +58,7 @@ class SmallBatch(Recipe):
         dataset: Dataset,
         method: MethodName,
         group: int | None,
+        *,
         label: str,
         size: int,
         seed: int,
