@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -33,32 +34,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for an error, 130 for an interrupt.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _carry_out(arguments)
+        sys.stdout.flush()
+    except LabError as error:
+        print(f"renorm: error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # a reader, as head, that has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
+        return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return 0
+
+
+def _carry_out(arguments: list[str]) -> None:
     scale, last = _scale(arguments)
     options = _parser(scale).parse_args([_with(argument, "-", "_") for argument in [*arguments, *last]])
     if options.command == "list":
         print(_recipe_list())
-        return 0
-    try:
-        if options.command == "inspect":
-            inspect_model(**options.inspect.as_dict())
-            return 0
-        if options.command == "report":
-            report(**options.report.as_dict())
-            return 0
-        return _run(options.run, shlex.join(["renorm", *arguments]))
-    except LabError as error:
-        print(f"renorm: error: {error}", file=sys.stderr)
-        return 1
+    elif options.command == "inspect":
+        inspect_model(**options.inspect.as_dict())
+    elif options.command == "report":
+        report(**options.report.as_dict())
+    else:
+        _run(options.run, shlex.join(["renorm", *arguments]))
 
 
-def _run(options: Namespace, command: str) -> int:
+def _run(options: Namespace, command: str) -> None:
     recipe = RECIPES[options.recipe](**_fields(options[options.recipe]))
     try:
         carry_out(recipe, command)
     except KeyboardInterrupt:
         print(f"Interrupted. Finished runs are in {recipe.folder}; the same command continues.", file=sys.stderr)
-        return _INTERRUPTED
-    return 0
+        raise
 
 
 def _fields(options: Namespace) -> dict[str, Any]:

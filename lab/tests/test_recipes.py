@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from renorm_lab import recipes
 from renorm_lab.cli import main
 from renorm_lab.data import Dataset, Part, load_dataset
 from renorm_lab.data.dataset import assemble
@@ -27,6 +30,11 @@ from .conftest import at_scale
 
 SLOW = ("decay", "allfour", "ablation", "negative")
 WITHOUT_GHOST = ("baseline", "ablation", "combination", "decay", "smallbatch", "allfour", "negative")
+
+
+def test_a_file_is_a_recipe():
+    files = sorted(path.stem for path in Path(recipes.__file__).parent.glob("[a-z]*.py"))
+    assert [recipe.__module__ for recipe in RECIPES.values()] == [f"{recipes.__name__}.{file}" for file in files]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RECIPES])
@@ -338,3 +346,13 @@ def test_list_names_the_recipes_with_claim_and_source(capsys: pytest.CaptureFixt
     for line, recipe in zip(lines[1::2], RECIPES.values(), strict=True):
         assert recipe.claim in line
         assert recipe.source in line
+
+
+def test_a_reader_that_has_seen_enough_is_no_error_to_tell_of():
+    command = [sys.executable, "-m", "renorm_lab", "list"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == 1

@@ -1,41 +1,19 @@
-"""The recipes: one file for each experiment."""
+"""The recipes: each file here is an experiment."""
 
 from __future__ import annotations
 
-from ..recipe import Recipe
-from .ablation import Ablation
-from .allfour import AllFour
-from .baseline import Baseline
-from .combination import Combination
-from .decay import WeightDecay
-from .finetune import Finetune
-from .ghost import Ghost
-from .metric import Metric
-from .microbatch import Microbatch
-from .negative import Negative
-from .noniid import NonIid
-from .noniid_classes import NonIidClasses
-from .range import Range
-from .smallbatch import SmallBatch
-from .weigh import Weigh
+from collections.abc import Iterator
+from importlib import import_module
+from pkgutil import iter_modules
 
-RECIPES: dict[str, type[Recipe]] = {
-    recipe.name: recipe
-    for recipe in (
-        Baseline,
-        Microbatch,
-        NonIid,
-        NonIidClasses,
-        Weigh,
-        Ghost,
-        WeightDecay,
-        SmallBatch,
-        AllFour,
-        Combination,
-        Finetune,
-        Range,
-        Ablation,
-        Negative,
-        Metric,
-    )
-}
+from ..recipe import Recipe
+
+
+def _found() -> Iterator[type[Recipe]]:
+    for file in iter_modules(__path__, f"{__name__}."):
+        for value in vars(import_module(file.name)).values():
+            if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == file.name:
+                yield value
+
+
+RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in _found()}
