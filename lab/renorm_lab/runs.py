@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from renorm.samplers import Order
-
+Order = Literal["shuffle", "class", "split"]
 Decay = Literal["all", "none", "auto", "one"]
 Precision = Literal["64-true", "32-true", "bf16-mixed"]
 

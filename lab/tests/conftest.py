@@ -1,16 +1,33 @@
-"""Small data and recipes that take a second."""
+"""Small data and recipes that take a second; one thread and a fixed seed, as in the library's tests."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from renorm_lab.recipe import Recipe, Scale
 from renorm_lab.recipes.microbatch import Microbatch
 from renorm_lab.recipes.noniid import NonIid
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile without anything left from other tests."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 def arrays(examples_per_class: int = 20, classes: int = 4, size: int = 8, channels: int = 1) -> dict[str, Any]:
