@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -24,6 +25,7 @@ _ACCURACIES = ("validation_accuracy_off", "validation_accuracy_on", "test_accura
 
 _Key = tuple[str, ...]
 _T = TypeVar("_T", Run, Result, CurvePoint)
+_Row = TypeVar("_Row")
 
 
 def write_results(folder: Path, results: Results) -> None:
@@ -87,7 +89,8 @@ def read_results(folder: Path) -> Results:
     Raises:
         LabError: a file is damaged.
     """
-    curves, measures = _read_curves(folder / "curves.csv"), _read_measures(folder / "measures.csv")
+    curves = _by_run(folder / "curves.csv", partial(_parse, CurvePoint))
+    measures = _by_run(folder / "measures.csv", lambda row: (row["measure"], float(row["value"])))
     path = folder / "results.csv"
     rows = _read_csv(path)
     try:
@@ -99,24 +102,15 @@ def read_results(folder: Path) -> Results:
     return results
 
 
-def _read_curves(path: Path) -> dict[_Key, list[CurvePoint]]:
-    curves: dict[_Key, list[CurvePoint]] = {}
+def _by_run(path: Path, parse: Callable[[dict[str, str]], _Row]) -> dict[_Key, list[_Row]]:
+    """The rows of each run; none if there is no such file."""
+    found: dict[_Key, list[_Row]] = {}
     try:
         for row in _read_csv(path) if path.is_file() else []:
-            curves.setdefault(_key(row), []).append(_parse(CurvePoint, row))
+            found.setdefault(_key(row), []).append(parse(row))
     except (KeyError, ValueError, TypeError) as error:
         raise LabError(f"{path}: damaged, or of another version ({error!r})") from None
-    return curves
-
-
-def _read_measures(path: Path) -> dict[_Key, list[tuple[str, float]]]:
-    measures: dict[_Key, list[tuple[str, float]]] = {}
-    try:
-        for row in _read_csv(path) if path.is_file() else []:
-            measures.setdefault(_key(row), []).append((row["measure"], float(row["value"])))
-    except (KeyError, ValueError) as error:
-        raise LabError(f"{path}: damaged, or of another version ({error!r})") from None
-    return measures
+    return found
 
 
 def _result(
