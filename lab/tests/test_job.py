@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -225,8 +226,12 @@ def group_lives(group: int) -> bool:
     return True
 
 
+ALL_RUN = threading.Barrier(3, timeout=60)  # what has not started when a run fails is cancelled
+
+
 def fail_first(run: Run, index: int) -> Result:
     """The first run fails at once; the second is finished in the same moment, the third while workers are stopped."""
+    ALL_RUN.wait()
     if index == 0:
         raise RuntimeError("it failed")
     time.sleep(0.5 * (index - 1))
