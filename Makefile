@@ -10,10 +10,10 @@ OUT ?= runs
 setup: $(VENV)/.ready
 
 # The kernels are built against the torch of this environment, so it comes first.
-$(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h)
+$(VENV)/.ready: pyproject.toml lab/pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools ninja
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]" -e ./lab
 	touch $@
 
 demo: setup ## both experiments on digits, three seeds
@@ -58,4 +58,4 @@ gpu-packages: setup ## what the machine with the GPU may lack, in a folder to ta
 		pytest pluggy iniconfig hypothesis sortedcontainers timm huggingface-hub safetensors
 
 clean:
-	rm -rf $(VENV) build dist src/renorm/_kernels.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist lab/build src/renorm/_kernels.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-runs/gpu}
 mkdir -p "$out"
-export PYTHONPATH=src:${PACKAGES:-build/gpu-packages}
+export PYTHONPATH=src:lab:${PACKAGES:-build/gpu-packages}
 python=${PYTHON:-python3}
 failed=0
 

@@ -21,7 +21,7 @@ from contenders import (
     PLAIN,
     PlainBatchRenorm2d,
 )
-from renorm.lab.models import resnet
+from renorm_lab.networks.models import resnet
 
 # From the network with nn.BatchNorm2d to a variant of it.
 Change = Callable[[nn.Module], nn.Module]

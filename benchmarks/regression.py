@@ -41,7 +41,8 @@ class Version:
         self.name = name
         self.has_sources = (checkout / "csrc").is_dir()
         environment = Setting("kept", 1).environment()
-        path = os.pathsep.join(filter(None, (str(checkout / "src"), environment.get("PYTHONPATH"))))
+        folders = (str(checkout / "src"), str(_ROOT / "lab"), environment.get("PYTHONPATH"))
+        path = os.pathsep.join(filter(None, folders))
         self._process = subprocess.Popen(
             [sys.executable, str(_HERE / "regression_worker.py")],
             env=environment | {"PYTHONPATH": path}, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,

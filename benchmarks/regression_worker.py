@@ -1,7 +1,8 @@
 """One side of regression.py: measures the version of renorm that it finds, case by case, when asked.
 
 Prints a line of JSON with the cases first, and then for each name of a case that it reads a line with the seconds of a
-step. It may meet an older version than the scripts beside it, and uses public names only.
+step. It may meet an older version than the scripts beside it, and uses public names only. The network is the working
+tree's for both.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 import renorm
 from contenders import EAGER, EVALUATED, GROUPINGS, OUR_BATCH_GROUP, OUR_GHOST, OURS, OURS_WEIGHTED
 from harness import Step
-from renorm.lab.models import resnet
+from renorm_lab.networks.models import resnet
 from shapes import LAYOUTS
 from steps import eval_step, network_step, train_step
 

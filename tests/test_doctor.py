@@ -37,13 +37,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def copied(tmp_path: Path) -> Path:
     """The package without its kernels, somewhere else."""
     target = tmp_path / "renorm"
-    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("_kernels.*", "__pycache__", "lab"))
+    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("_kernels.*", "__pycache__"))
     return target
 
 
 def test_without_arguments_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
-    assert "doctor" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "doctor" in text
+    assert "pip install . ./lab" in text
 
 
 def test_with_the_extension_everything_works(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "src" / "renorm"
+PACKAGES = (ROOT / "src" / "renorm", ROOT / "lab" / "renorm_lab")
 PAGE = ROOT / "docs" / "messages.md"
 FILLED_IN = ".{1,120}?"
 
@@ -46,10 +46,10 @@ def _messages(file: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, pattern
 
 
-SAID = {file: list(_messages(file)) for file in sorted(SOURCE.rglob("*.py"))}
+SAID = {file: list(_messages(file)) for package in PACKAGES for file in sorted(package.rglob("*.py"))}
 
 
-@pytest.mark.parametrize("file", SAID, ids=lambda file: str(file.relative_to(SOURCE)))
+@pytest.mark.parametrize("file", SAID, ids=lambda file: str(file.relative_to(ROOT)))
 def test_the_page_has_every_message_of_a_file(file: Path) -> None:
     page = _plain(PAGE.read_text(encoding="utf-8"))
     missing = [f"line {line}: {pattern}" for line, pattern in SAID[file] if not re.search(pattern, page)]

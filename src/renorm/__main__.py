@@ -1,4 +1,4 @@
-"""The command line without the lab: `python -m renorm doctor`."""
+"""The command line of the library: `python -m renorm doctor`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m renorm",
         description="Batch normalization that means the same thing in training and at inference.",
-        epilog="Experiments are the command renorm's: pip install '.[lab]', then renorm --help.",
+        epilog="Experiments come with the lab: pip install . ./lab in a checkout, then renorm --help.",
     )
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     commands.add_parser("doctor", help="say whether this installation works, what it computes with, and why")

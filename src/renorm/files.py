@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -12,18 +14,33 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], object]) 
     """Write a file so that nobody ever sees half of it, even if the machine loses power.
 
     Args:
-        path: file to write; an older one is replaced.
-        write: writes to the path that it is given, which is then renamed.
+        path: file to write, in a folder that exists; an older one is replaced once the new one is complete.
+        write: writes to the path that it is given, `.NAME.part` in the same folder, which is then renamed.
+
+    Raises:
+        OSError: it cannot be written, as when the disk is full; the error names `path`. An older file stays as it was.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     replace_file(f"{folder}/note.txt", lambda path: path.write_text("whole"))
+        ...     Path(folder, "note.txt").read_text()
+        'whole'
     """
     path = Path(path)
+    if not path.name:
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.part")
     try:
         write(temporary)
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # half a file would only fill the disk
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()  # half a file would only fill the disk
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
@@ -34,6 +51,16 @@ def save_csv(path: str | os.PathLike[str], header: Sequence[str], rows: Iterable
         path: file to write; an older one is replaced.
         header: names of the columns.
         rows: cells; floats get six significant digits.
+
+    Raises:
+        OSError: it cannot be written; the error names `path`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     save_csv(f"{folder}/runs.csv", ["seed", "accuracy"], [(0, 0.93211234), (1, 0.9274)])
+        ...     Path(folder, "runs.csv").read_text().splitlines()
+        ['seed,accuracy', '0,0.932112', '1,0.9274']
     """
 
     def write(temporary: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fusion.helpers import batch, check_same, converted, fused, reasons
-from renorm.lab.models import build_model
+from renorm_lab.networks.models import build_model
 
 
 def from_torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import renorm
 from fusion.helpers import LIMITS, Configured, batch, converted, fused, reasons, step
 from renorm import ConversionReport, convert, to_batchnorm
-from renorm.lab.models import build_model
+from renorm_lab.networks.models import build_model
 
 
 def small() -> nn.Module:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-_MADE = {"build", "data", "dist", "runs"}  # in the project's folder, by whoever works there
+_MADE = {"build", "data", "dist", "runs"}  # in the folders of the two projects, by whoever works there
 
 
 def copy_source(target: Path) -> Path:
@@ -21,7 +21,7 @@ def copy_source(target: Path) -> Path:
     anywhere = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "*.so")
 
     def left_behind(folder: str, names: list[str]) -> set[str]:
-        return anywhere(folder, names) | (_MADE if Path(folder) == ROOT else set())
+        return anywhere(folder, names) | (_MADE if Path(folder) in (ROOT, ROOT / "lab") else set())
 
     return shutil.copytree(ROOT, target, ignore=left_behind)
 

@@ -65,16 +65,24 @@ def wheels(distributions: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return {"kernels": next(distributions.glob("*.whl")), "universal": next((folder / "dist").glob("*.whl"))}
 
 
-def package_files() -> set[str]:
-    files = (path for path in (ROOT / "src" / "renorm").rglob("*") if path.is_file())
-    return {path.relative_to(ROOT / "src").as_posix() for path in files if path.suffix not in {".so", ".pyc"}}
+@pytest.fixture(scope="session")
+def lab_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The lab's, built from its sdist."""
+    folder = tmp_path_factory.mktemp("lab")
+    build(copy_source(folder / "source") / "lab", folder / "dist")
+    return next((folder / "dist").glob("*.whl"))
 
 
-def fresh_environment(folder: Path, wheel: Path, python: str) -> Path:
-    """The Python of a new virtual environment with the wheel, which finds torch where the given Python has it."""
+def package_files(package: Path = ROOT / "src" / "renorm") -> set[str]:
+    files = (path for path in package.rglob("*") if path.is_file())
+    return {path.relative_to(package.parent).as_posix() for path in files if path.suffix not in {".so", ".pyc"}}
+
+
+def fresh_environment(folder: Path, python: str, *wheels: Path) -> Path:
+    """The Python of a new virtual environment with the wheels, which finds torch where the given Python has it."""
     subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True)
     new = folder / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", new, "install", "--quiet", "--no-index", "--no-deps", wheel]
+    pip = [sys.executable, "-m", "pip", "--python", new, "install", "--quiet", "--no-index", "--no-deps", *wheels]
     subprocess.run(pip, check=True)
     Path(printed(new, "-c", _SITE), "others.pth").write_text(printed(python, "-c", _SITE))
     return new
@@ -95,7 +103,8 @@ def test_the_sdist_holds_what_builds_and_tests_the_project(sdist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {f"src/{name}" for name in package_files()} <= names
     assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= names
-    assert {"LICENSE", "CHANGELOG.md", "constraints.txt", "csrc/tests/Makefile", "tests/lab/__init__.py"} <= names
+    assert {"LICENSE", "CHANGELOG.md", "constraints.txt", "csrc/tests/Makefile"} <= names
+    assert {"tests/conftest.py", "lab/pyproject.toml", "lab/renorm_lab/cli.py", "lab/tests/conftest.py"} <= names
     assert not any(name.endswith((".so", ".pyc")) for name in names)
 
 
@@ -115,6 +124,31 @@ def test_a_wheel_holds_the_package_alone(kind: str, wheels: dict[str, Path], ker
     assert required == ["torch>=2.10"]
 
 
+def test_the_labs_wheel_holds_the_lab_alone(lab_wheel: Path) -> None:
+    with ZipFile(lab_wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        information = f"renorm_lab-{renorm.__version__}.dist-info"
+        metadata = Parser().parsestr(archive.read(f"{information}/METADATA").decode())
+        assert archive.read(f"{information}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert names == package_files(ROOT / "lab" / "renorm_lab")
+    assert lab_wheel.name.endswith("-py3-none-any.whl")
+    assert any(line.startswith("renorm[vision]") for line in metadata.get_all("Requires-Dist", []))
+
+
+def test_the_command_renorm_comes_with_the_lab(lab_wheel: Path, wheels: dict[str, Path], tmp_path: Path) -> None:
+    library = fresh_environment(tmp_path / "library", sys.executable, wheels["universal"])
+    assert not library.with_name("renorm").exists()
+    assert "pip install . ./lab" in printed(library, "-m", "renorm")
+    both = fresh_environment(tmp_path / "both", sys.executable, wheels["universal"], lab_wheel)
+    command = both.with_name("renorm")
+    assert "report" in printed(command, "--help")
+    assert "microbatch" in printed(command, "list")
+    out = tmp_path / "microbatch"
+    printed(command, "run", "microbatch", "--scale=tiny", "--steps=2", "--methods=[batch_norm]", f"--out={out}")
+    printed(command, "report", str(out), f"--out={tmp_path}")
+    assert (tmp_path / "report.html").stat().st_size > 0
+
+
 @pytest.mark.parametrize("python", [
     pytest.param(sys.executable, id="this Python"),
     pytest.param(OTHER, id="another Python", marks=pytest.mark.skipif(
@@ -129,7 +163,7 @@ def test_a_wheel_holds_the_package_alone(kind: str, wheels: dict[str, Path], ker
 def test_a_wheel_works_in_a_fresh_environment(
     kind: str, environment: dict[str, str], python: str, wheels: dict[str, Path], tmp_path: Path, kernels: None
 ) -> None:
-    new = fresh_environment(tmp_path / "environment", wheels[kind], python)
+    new = fresh_environment(tmp_path / "environment", python, wheels[kind])
     file, version, has_kernels = printed(new, "-W", "error", "-c", _TRAIN, **environment).splitlines()
     assert Path(file).is_relative_to(tmp_path)
     assert Path(file).with_name("py.typed").exists()

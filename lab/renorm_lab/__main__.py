@@ -1,0 +1,8 @@
+"""`python -m renorm_lab` is `renorm`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

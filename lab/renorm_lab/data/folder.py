@@ -1,0 +1,88 @@
+"""Image folders: one sub-folder for each class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..errors import LabError
+from .dataset import Dataset, Part
+from .image_files import ImageFiles
+from .split import split_test, split_validation
+
+_LARGEST_IN_MEMORY = 64  # pixels of height and width; larger images stay in their files
+
+
+def read_folder(path: Path, image_size: int) -> Dataset:
+    """A tree of images: train/CLASS/IMAGE and test/CLASS/IMAGE (or val), or only CLASS/IMAGE, which is then split.
+
+    Args:
+        path: the folder.
+        image_size: height and width in pixels to which images are resized and cropped. Above 64 they stay in their
+            files and are decoded when they are needed, each time anew.
+
+    Returns:
+        The data, in colour.
+
+    Raises:
+        LabError: a folder is missing, a class is empty, an image cannot be read, or there are too few.
+    """
+    if not path.is_dir():
+        raise LabError(f"{path}: there is no such folder")
+    if not (path / "train").is_dir():
+        everything, _ = read_tree(path, image_size)
+        kept, held_out = split_test(everything.labels.numpy(), str(path))
+        train, test = everything.subset(kept.tolist()), everything.subset(held_out.tolist())
+        return split_validation(train, test, str(path))
+    held = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    if held is None:
+        raise LabError(f"{path}: has a train folder, but neither test nor val")
+    for_training, classes = read_tree(path / "train", image_size)
+    for_testing, test_classes = read_tree(held, image_size)
+    if classes != test_classes:
+        odd = sorted(set(classes) ^ set(test_classes))
+        raise LabError(f"{path}: class {odd[0]} is not in both train and {held.name}")
+    return split_validation(for_training, for_testing, str(path))
+
+
+def read_tree(path: Path, image_size: int) -> tuple[Part, list[str]]:
+    """A tree CLASS/IMAGE.
+
+    Args:
+        path: the folder.
+        image_size: height and width in pixels.
+
+    Returns:
+        The images, and the names of the classes.
+
+    Raises:
+        LabError: there is no class, one is empty, or an image cannot be read.
+    """
+    from torchvision.datasets import ImageFolder
+
+    try:
+        found = ImageFolder(str(path))
+    except FileNotFoundError as error:  # no class folder, or an empty one
+        raise LabError(f"{path}: {' '.join(str(error).split())}") from None
+    files = ImageFiles([Path(name) for name, _ in found.samples], image_size)
+    return files_part(files, [label for _, label in found.samples]), found.classes
+
+
+def files_part(files: ImageFiles, labels: list[int]) -> Part:
+    """Files as a part, read into memory if they are small.
+
+    Args:
+        files: the images.
+        labels: class of each.
+
+    Returns:
+        The part.
+
+    Raises:
+        LabError: an image cannot be read.
+    """
+    if files.size <= _LARGEST_IN_MEMORY:
+        return Part(files.take(range(len(files))), torch.tensor(labels))
+    files.check()
+    return Part(files, torch.tensor(labels))

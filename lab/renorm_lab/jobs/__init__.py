@@ -1,0 +1,1 @@
+"""Carrying out all runs of a recipe: processes, interruptions, progress."""

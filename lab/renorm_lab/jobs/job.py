@@ -1,0 +1,148 @@
+"""A recipe from beginning to end: data, checks, runs, report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from rich.console import Console
+
+from ..data import Dataset
+from ..errors import LabError
+from ..networks.network import make_network
+from ..recipe import Recipe
+from ..report.plots import plot_bars, plot_curves
+from ..report.summary import markdown_table, summarize, terminal_table
+from ..results import Results, read_finished, write_results
+from ..runs import Result, Run
+from ..store import file_stem, save_text
+from ..training.batches import batch_sampler
+from ..training.checkpoints import Checkpoints
+from ..training.loggers import check_logger
+from ..training.ranks import make_fabric, share_of
+from .execution import run_here, run_in_processes
+from .interrupts import hearing_termination
+from .progress_bar import RunProgress
+from .provenance import check_folder, write_origin
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+Value = TypeVar("Value")
+
+
+def carry_out(recipe: Recipe, command: str) -> None:
+    """Carry out a recipe, or what is missing of it, and write and print its report.
+
+    Under torchrun all ranks call this, and train each run together; rank 0 alone writes.
+
+    Args:
+        recipe: the recipe with its options.
+        command: the command line, for command.txt.
+
+    Raises:
+        LabError: data, options or the output folder are wrong, or a run failed.
+        KeyboardInterrupt: from outside, by Ctrl-C or SIGTERM; the same call continues.
+    """
+    fabric = make_fabric(recipe.device)
+    dataset = _load(recipe, fabric)
+    runs = recipe.runs(dataset)
+    _check(runs, dataset, recipe, fabric.world_size)
+    results = _begin(recipe, runs, command, fabric)
+    with hearing_termination():
+        _run_missing(recipe, runs, results, dataset, fabric)
+    if fabric.is_global_zero:
+        shutil.rmtree(recipe.folder / "checkpoints", ignore_errors=True)  # what is left where a process was killed
+        _report(recipe, _in_order(results, runs))
+
+
+def _load(recipe: Recipe, fabric: Fabric) -> Dataset:
+    """The data, on rank 0 first, which may have to download them; an error waits until no rank waits for another."""
+    loaded: Dataset | LabError
+    with fabric.rank_zero_first():
+        try:
+            loaded = recipe.load()
+        except LabError as error:
+            loaded = error
+    return _unless_error(loaded)
+
+
+def _begin(recipe: Recipe, runs: list[Run], command: str, fabric: Fabric) -> Results:
+    """What is finished already; rank 0 looks and writes where the results come from, and all ranks hear of it."""
+    finished: Results | LabError = {}
+    if fabric.is_global_zero:
+        try:
+            check_folder(recipe)
+            finished = read_finished(recipe.folder, runs)
+            if len(finished) < len(runs):
+                write_origin(recipe, command, fabric.world_size)
+        except LabError as error:
+            finished = error
+    return _unless_error(fabric.broadcast(finished))
+
+
+def _unless_error(value: Value | LabError) -> Value:
+    if isinstance(value, LabError):
+        raise value
+    return value
+
+
+def _run_missing(recipe: Recipe, runs: list[Run], results: Results, dataset: Dataset, fabric: Fabric) -> None:
+    missing = [run for run in runs if run not in results]
+
+    def keep(run: Run, result: Result) -> None:
+        results[run] = result
+        if fabric.is_global_zero:
+            write_results(recipe.folder, _in_order(results, runs))
+            Checkpoints(recipe.folder, run).remove()
+
+    epoch_steps = [len(batch_sampler(run, dataset.train)) for run in missing]
+    workers = min(recipe.workers or os.cpu_count() or 1, len(missing))
+    with RunProgress(missing, len(results), epoch_steps, visible=fabric.is_global_zero) as progress:
+        if workers > 1 and recipe.device == "cpu" and fabric.world_size == 1:
+            run_in_processes(missing, recipe, workers, keep, progress.show)
+        elif missing:
+            run_here(missing, dataset.to(fabric.device), recipe, keep, progress.show)
+
+
+def _check(runs: list[Run], dataset: Dataset, recipe: Recipe, processes: int) -> None:
+    if not runs:
+        raise LabError("options that are lists (as --methods) must have at least one element")
+    _check_distinct(runs)
+    check_logger(recipe)
+    for run in runs:
+        share_of(run, processes)
+        try:
+            batch_sampler(run, dataset.train)
+            with torch.device("meta"):  # shapes are checked, and weights take no time
+                make_network(run, dataset)
+        except ValueError as error:
+            raise LabError(f"{dataset.source}: {run}: {error}") from None
+
+
+def _check_distinct(runs: list[Run]) -> None:
+    by_stem: dict[str, Run] = {}
+    for run in runs:
+        other = by_stem.setdefault(file_stem(run), run)
+        if other is run:
+            continue
+        if other.key == run.key:
+            raise LabError(f"an option that is a list (as --methods) must name nothing twice, got twice: {run}")
+        raise LabError(f"names must differ in more than punctuation, since files are named so, got {other}; {run}")
+
+
+def _in_order(results: Results, runs: list[Run]) -> Results:
+    return {run: results[run] for run in runs if run in results}
+
+
+def _report(recipe: Recipe, results: Results) -> None:
+    summary = summarize(results, recipe.score)
+    title = f"{recipe.title}: {next(iter(results)).model} on {recipe.data}"
+    save_text(recipe.folder / "table.md", f"# {title}\n\n{markdown_table(summary)}")
+    plot_bars(recipe.folder / "bars.png", summary, title)
+    plot_curves(recipe.folder / "curves.png", results, summary, title)
+    console = Console()
+    console.print(terminal_table(summary, title))
+    console.print(f"Everything is in {recipe.folder}")

@@ -1,0 +1,1 @@
+"""The networks of a run, and the normalization layers in them."""

@@ -1,0 +1,157 @@
+"""Results over seeds: means, standard deviations, and the table of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.table import Table as RichTable
+
+from ..results import Results
+
+_UNFINISHED = "-"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Test accuracies of the seeds of one method in one regime.
+
+    Args:
+        values: accuracies in percent, one for each seed.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds, in percent."""
+        return statistics.fmean(self.values)
+
+    @property
+    def deviation(self) -> float:
+        """Sample standard deviation over seeds, in points; 0 for a single seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.deviation:.1f}" if len(self.values) > 1 else f"{self.mean:.1f}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The table of a recipe: a row for each method, and for each regime a column without and one with weighing.
+
+    Args:
+        methods: rows.
+        regimes: pairs of columns.
+        off: test score without example weighing, by method and regime; what is not finished is missing.
+        on: the same with example weighing.
+        score: what is measured, in percent.
+    """
+
+    methods: Sequence[str]
+    regimes: Sequence[str]
+    off: dict[tuple[str, str], Cell]
+    on: dict[tuple[str, str], Cell]
+    score: str = "accuracy"
+
+    @property
+    def seeds(self) -> str:
+        """Seeds behind a cell, such as "1 seed", "3 seeds" or, when some are not finished, "1 to 3 seeds"."""
+        counts = {len(cell.values) for cell in self.off.values()}
+        if counts == {1}:
+            return "1 seed"
+        return f"{max(counts)} seeds" if len(counts) == 1 else f"{min(counts)} to {max(counts)} seeds"
+
+    @property
+    def caption(self) -> str:
+        """What the numbers are."""
+        what = self.seeds if self.seeds == "1 seed" else f"mean ± standard deviation over {self.seeds}"
+        switches = "off, on: without and with example weighing (alpha chosen on validation)"
+        return f"Test {self.score} in %, {what}. {switches}."
+
+    @property
+    def header(self) -> list[str]:
+        """Names of the columns."""
+        return ["method", *(f"{regime}, {switch}" for regime in self.regimes for switch in ("off", "on"))]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """A line for each method."""
+        return [[method, *self._row(method)] for method in self.methods]
+
+    def _row(self, method: str) -> Iterable[str]:
+        for regime in self.regimes:
+            for cells in (self.off, self.on):
+                yield str(cells.get((method, regime), _UNFINISHED))
+
+
+def summarize(results: Results, score: str = "accuracy") -> Summary:
+    """Gather the seeds of each method and regime.
+
+    Args:
+        results: result of each run, in the order of the table.
+        score: what is measured.
+
+    Returns:
+        The summary.
+    """
+    off: dict[tuple[str, str], Cell] = {}
+    on: dict[tuple[str, str], Cell] = {}
+    for run, result in results.items():
+        place = run.method, run.regime
+        off[place] = _with(off.get(place), result.test_accuracy_off)
+        on[place] = _with(on.get(place), result.test_accuracy_on)
+    methods, regimes = (list(dict.fromkeys(names)) for names in zip(*off, strict=True))
+    return Summary(methods, regimes, off, on, score)
+
+
+def _with(cell: Cell | None, accuracy: float) -> Cell:
+    return Cell((*(cell.values if cell else ()), 100 * accuracy))
+
+
+def markdown_table(summary: Summary) -> str:
+    """The table in Markdown.
+
+    Args:
+        summary: what to show.
+
+    Returns:
+        Lines, ending with the caption.
+    """
+    return markdown_lines(summary.header, summary.rows) + f"\n{summary.caption}\n"
+
+
+def markdown_lines(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
+    """Any table in Markdown.
+
+    Args:
+        header: names of the columns.
+        rows: the lines.
+        numbers: whether columns after the first stand to the right.
+
+    Returns:
+        Lines.
+    """
+    ruler = ["---"] + ["---:" if numbers else "---"] * (len(header) - 1)
+    lines = ([cell.replace("|", "\\|") for cell in line] for line in (header, ruler, *rows))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def terminal_table(summary: Summary, title: str) -> RichTable:
+    """The table for a terminal.
+
+    Args:
+        summary: what to show.
+        title: stands above it.
+
+    Returns:
+        A table that rich prints.
+    """
+    table = RichTable(title=title, caption=summary.caption)
+    table.add_column("method", min_width=len("batch-group"))
+    for heading in summary.header[1:]:
+        table.add_column(heading.replace(", ", "\n"), justify="right")
+    for row in summary.rows:
+        table.add_row(*(cell.replace("± ", "±") for cell in row))  # in a narrow terminal lines break before the sign
+    return table

@@ -1,0 +1,93 @@
+"""Files of the output folder, there as a whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from renorm.files import replace_file
+
+from .errors import LabError
+from .runs import Run
+
+
+def save_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file by `renorm.files.replace_file`.
+
+    Args:
+        path: the file.
+        write: writes to the path that it is given, which is then renamed.
+
+    Raises:
+        LabError: it cannot be written, as when the disk is full.
+    """
+    try:
+        replace_file(path, write)
+    except OSError as error:
+        raise LabError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file.
+
+    Args:
+        path: the file.
+        text: its content.
+    """
+    save_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def file_stem(run: Run) -> str:
+    """The name of a run in file names.
+
+    Args:
+        run: the run.
+
+    Returns:
+        REGIME-METHOD-SEED, with hyphens for everything that a file name had better not hold.
+    """
+    return re.sub(r"[^\w.+=]+", "-", "-".join(map(str, run.key)))
+
+
+def save_weights(folder: Path, run: Run, model: nn.Module) -> None:
+    """Keep a trained network, as weights/REGIME-METHOD-SEED.pt.
+
+    Args:
+        folder: the output folder.
+        run: the run.
+        model: its network, whose state dict is kept.
+    """
+    path = folder / "weights" / f"{file_stem(run)}.pt"
+    path.parent.mkdir(exist_ok=True)
+    save_file(path, lambda temporary: torch.save(model.state_dict(), temporary))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a file says by name.
+
+    Args:
+        path: a JSON or YAML file.
+
+    Returns:
+        Values by name; none if there is no such file.
+
+    Raises:
+        LabError: it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise LabError(f"{path}: damaged: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise LabError(f"{path}: damaged: it must hold options by name")
+    return found

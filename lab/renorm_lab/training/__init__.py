@@ -1,0 +1,1 @@
+"""Training one run, and measuring what came of it."""

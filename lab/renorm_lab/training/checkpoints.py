@@ -1,0 +1,115 @@
+"""Checkpoints in the middle of a run: whole or not there at all, and read without running code in them."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping
+from hashlib import blake2b
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..runs import Run
+from ..store import file_stem, save_file
+
+_KEPT = 2  # the last, and the one before in case the last is damaged
+
+
+class Checkpoints:
+    """The checkpoints of a run: files that torch.load reads, with the sum of their bytes in their name.
+
+    Args:
+        folder: output folder of the recipe.
+        run: the run.
+    """
+
+    def __init__(self, folder: Path, run: Run) -> None:
+        self._folder = folder / "checkpoints" / file_stem(run)
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint; the one before is kept, older ones are removed.
+
+        Args:
+            step: steps done.
+            state: tensors, numbers, texts, lists, tuples and dicts of them.
+
+        Raises:
+            LabError: it cannot be written, as when the disk is full.
+        """
+        data = BytesIO()
+        torch.save(_with_builtin_numbers(state), data)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"step-{step:09d}-{_digest(data.getvalue())}.pt"
+        save_file(path, lambda temporary: temporary.write_bytes(data.getbuffer()))
+        for old in self._paths()[_KEPT:]:
+            old.unlink()
+
+    def load(self) -> dict[str, Any] | None:
+        """Read the last checkpoint, or the one before if it is damaged, which is said.
+
+        Returns:
+            Its state, on the CPU; None if there is none.
+        """
+        for path in self._paths():
+            data = path.read_bytes()
+            if path.stem.endswith(_digest(data)):  # torch.load alone would not notice wrong bytes in a tensor
+                state: dict[str, Any] = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+                return state
+            print(f"renorm: warning: {path} is damaged; an earlier state is used", file=sys.stderr)
+        return None
+
+    def remove(self) -> None:
+        """Remove them all, once the run is finished."""
+        if not self._folder.is_dir():
+            return
+        for path in self._folder.iterdir():
+            path.unlink()
+        self._folder.rmdir()
+
+    def _paths(self) -> list[Path]:
+        return sorted(self._folder.glob("step-*.pt"), reverse=True)
+
+
+def _with_builtin_numbers(value: Any) -> Any:
+    """Without the types of numbers that check their range, which torch.load would have to import."""
+    if isinstance(value, dict):
+        return {key: _with_builtin_numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_builtin_numbers(item) for item in value)
+    plain = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
+    return value if plain is None else plain(value)
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=8).hexdigest()
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """Where the generators of random numbers stand.
+
+    Args:
+        device: that is trained on.
+
+    Returns:
+        States of Python's, torch's and the GPU's generators.
+    """
+    states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    """Put the generators of random numbers where they stood.
+
+    Args:
+        states: as of `random_states`.
+        device: that is trained on.
+    """
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -1,0 +1,158 @@
+"""What some recipes measure on a trained network besides accuracy and loss."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple
+from itertools import islice
+
+from torch import nn
+
+import renorm
+from renorm.samplers import ClassBatchSampler, RandomBatchSampler
+
+from ..data import Dataset
+from ..runs import Run
+from .batches import batches
+from .evaluation import evaluate, score, set_example_weight, standardized
+
+Measure = Callable[[Run, nn.Module, Dataset], dict[str, float]]
+
+CURVE_ALPHAS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
+_CLASSES, _EXAMPLES_PER_CLASS = 25, 2  # of a batch in training-mode evaluation, Ioffe 2017, section 4.3
+_ESTIMATION_BATCH = 128
+_RANGE_BATCHES = 10
+
+
+def measure(run: Run, model: nn.Module, dataset: Dataset) -> tuple[tuple[str, float], ...]:
+    """Measure what a run asks for.
+
+    Args:
+        run: the run.
+        model: its trained network; left as it was.
+        dataset: its data.
+
+    Returns:
+        Pairs of a name and a number.
+    """
+    names = run.measures.split("+") if run.measures else []
+    return tuple(pair for name in names for pair in MEASURES[name](run, model, dataset).items())
+
+
+def training_mode(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, float]:
+    """Test accuracy where the network normalizes by its batch: 25 classes x 2 examples, and 50 independent examples.
+
+    Source:
+        Ioffe 2017, section 4.3.
+    """
+    part = dataset.test
+    pairs = ClassBatchSampler(part.labels.cpu(), _CLASSES, _EXAMPLES_PER_CLASS, replacement=True, seed=run.seed)
+    independent = RandomBatchSampler(len(part), min(len(part), pairs.batch_size), seed=run.seed)
+    found: dict[str, float] = {}
+    for name, sampler in (("25 classes x 2", pairs), ("i.i.d.", independent)):
+        with _evaluating(model, by_batches=True):
+            drawn = ((dataset.standardize(part.take(batch)), part.labels[batch]) for batch in sampler)
+            found[f"training-mode test accuracy, {name}"] = score(model, run, drawn).accuracy
+    return found
+
+
+def training_batches(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, float]:
+    """Accuracy on minibatches of the training, at evaluation and in training mode.
+
+    Source:
+        Ioffe 2017, section 4.3: the training accuracy falls with the test accuracy.
+    """
+    seen = list(islice(batches(run, dataset), min(run.steps, _RANGE_BATCHES)))
+    with _evaluating(model):
+        found = {"training accuracy": score(model, run, seen).accuracy}
+    with _evaluating(model, by_batches=True):
+        found["training-mode training accuracy"] = score(model, run, seen).accuracy
+    return found
+
+
+def weighing(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, float]:
+    """Accuracy and loss on the test part by example weight, and what `renorm.weigh` chooses on the validation part.
+
+    Source:
+        Summers & Dinneen 2020, section 3.1 and appendix D.
+    """
+    found: dict[str, float] = {}
+    for metric in ("accuracy", "cross_entropy"):
+        set_example_weight(model, run.example_weight)
+        chosen = renorm.weigh(model, list(standardized(dataset, dataset.validation)), metric, show_progress=False)
+        at_best = evaluate(model, run, dataset, dataset.test, chosen.best)
+        found |= {
+            f"alpha for {metric}": chosen.best,
+            f"gain in validation {metric}": chosen.gain.mean,
+            f"gain in validation {metric}, low": chosen.gain.low,
+            f"gain in validation {metric}, high": chosen.gain.high,
+            f"test accuracy, weighed for {metric}": at_best.accuracy,
+            f"test loss, weighed for {metric}": at_best.loss,
+        }
+    curve = {alpha: evaluate(model, run, dataset, dataset.test, alpha) for alpha in CURVE_ALPHAS}
+    found |= {f"test accuracy at alpha = {alpha}": point.accuracy for alpha, point in curve.items()}
+    return found | {f"test loss at alpha = {alpha}": point.loss for alpha, point in curve.items()}
+
+
+def ranges(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, float]:
+    """Largest size of a normalized value in the last normalization layer, in training and at evaluation.
+
+    Source:
+        Summers & Dinneen 2020, equation 2 and appendix B.
+    """
+    training = islice(batches(run, dataset), min(run.steps, _RANGE_BATCHES))
+    last = renorm.inspect(model, training, None, loss=None).layers[-1]
+    test = renorm.inspect(model, standardized(dataset, dataset.test), None, loss=None).layers[-1]
+    return {
+        "elements in a group": last.elements,
+        "bound": last.bound,
+        "range in training": last.range_training,
+        "range at evaluation": test.range_evaluation,
+    }
+
+
+def estimates(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, float]:
+    """Test accuracy and loss with running statistics estimated anew, on training images as they are and on test images.
+
+    Source:
+        Summers & Dinneen 2020, appendix C.
+    """
+    found: dict[str, float] = {}
+    for name, part in (("training images, not augmented", dataset.train), ("test images", dataset.test)):
+        estimated = copy.deepcopy(model)
+        sampler = RandomBatchSampler(len(part), min(len(part), _ESTIMATION_BATCH), seed=run.seed)
+        try:
+            renorm.estimate(estimated, (dataset.standardize(part.take(batch)) for batch in sampler))
+            accuracy, loss = astuple(evaluate(estimated, run, dataset, dataset.test))
+        except ValueError:
+            accuracy, loss = math.nan, math.nan  # a training that diverged has no statistics, and is a result too
+        found |= {f"test accuracy, statistics of {name}": accuracy, f"test loss, statistics of {name}": loss}
+    return found
+
+
+MEASURES: dict[str, Measure] = {
+    "training mode": training_mode,
+    "training batches": training_batches,
+    "weighing": weighing,
+    "ranges": ranges,
+    "estimates": estimates,
+}
+
+
+@contextmanager
+def _evaluating(model: nn.Module, *, by_batches: bool = False) -> Iterator[None]:
+    """A network as at evaluation, but that its normalization layers may normalize by batches; nothing moves."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    for module in before:
+        if isinstance(module, renorm.Norm):
+            module.training = by_batches
+    try:
+        with renorm.freeze(model):
+            yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode

@@ -1,8 +1,0 @@
-"""`python -m renorm.lab` is `renorm`."""
-
-import sys
-
-from .cli import main
-
-if __name__ == "__main__":
-    sys.exit(main())
