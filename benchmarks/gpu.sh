@@ -12,7 +12,7 @@ failed=0
 "$python" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())' || exit 1
 timeout 100 "$python" setup.py -q build_ext --inplace > "$out/build.log" 2>&1 || echo "without the C++ kernels: $out/build.log"
 timeout 200 "$python" -m pytest -q -p no:cacheprovider -m "not slow" \
-    tests/ops/test_triton.py tests/ops/test_aten_gpu.py tests/test_skipping.py tests/test_compile.py \
+    tests/ops/test_triton.py tests/ops/test_aten.py tests/test_skipping.py tests/test_compile.py \
     > "$out/tests.log" 2>&1 || failed=1
 tail -n 3 "$out/tests.log"
 if command -v compute-sanitizer > /dev/null; then

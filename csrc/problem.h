@@ -8,6 +8,8 @@ namespace renorm {
 // An activation, and its name at the same place.
 enum class Act { none, relu, relu6, leaky_relu, silu, gelu, hardswish };
 constexpr const char* kActNames[] = {"none", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish"};
+constexpr int kActs = sizeof(kActNames) / sizeof(*kActNames);
+static_assert(kActs == int(Act::hardswish) + 1, "every activation has its name");
 
 // torch's parallel_for, or a test's: calls task(begin, end, context) on disjoint ranges that cover [begin, end).
 struct Parallel {

@@ -7,32 +7,32 @@ namespace renorm {
 namespace {
 
 // Law of total variance over the channels of a group; a group without an element weighs nothing.
-struct Pooled {
+struct Merged {
   double mean = 0, var = 0, count = 0;
 };
 
-Pooled pool(const Moments* channels, int64_t k) {
+Merged merge_channels(const Moments* channels, int64_t k) {
   if (k == 1) return {channels->mean, channels->var(), channels->count};
-  Pooled pooled;
-  for (int64_t c = 0; c < k; ++c) pooled.mean += channels[c].mean / k;
+  Merged merged;
+  for (int64_t c = 0; c < k; ++c) merged.mean += channels[c].mean / k;
   for (int64_t c = 0; c < k; ++c) {
-    const double delta = channels[c].mean - pooled.mean;
-    pooled.var += (channels[c].var() + delta * delta) / k;
+    const double delta = channels[c].mean - merged.mean;
+    merged.var += (channels[c].var() + delta * delta) / k;
   }
-  pooled.count = channels->count * k;
-  return pooled;
+  merged.count = channels->count * k;
+  return merged;
 }
 
 template <class A>
-Pooled pool_running(const Rule<A>& rule, int64_t first, int64_t k) {
+Merged merge_running(const Rule<A>& rule, int64_t first, int64_t k) {
   if (k == 1) return {rule.running_mean[first], rule.running_var[first], 1};
-  Pooled pooled{0, 0, 1};
-  for (int64_t c = first; c < first + k; ++c) pooled.mean += double(rule.running_mean[c]) / k;
+  Merged merged{0, 0, 1};
+  for (int64_t c = first; c < first + k; ++c) merged.mean += double(rule.running_mean[c]) / k;
   for (int64_t c = first; c < first + k; ++c) {
-    const double delta = rule.running_mean[c] - pooled.mean;
-    pooled.var += (rule.running_var[c] + delta * delta) / k;
+    const double delta = rule.running_mean[c] - merged.mean;
+    merged.var += (rule.running_var[c] + delta * delta) / k;
   }
-  return pooled;
+  return merged;
 }
 
 // What the group is normalized by: (x - mean) * inverse_sigma * r + d.
@@ -44,14 +44,14 @@ struct Normalizer {
 double clip(double value, double low, double high) { return value < low ? low : value > high ? high : value; }
 
 template <class A>
-Normalizer corrected(const Rule<A>& rule, const Pooled& group, const Pooled& running) {
+Normalizer corrected(const Rule<A>& rule, const Merged& group, const Merged& running) {
   const double sigma = std::sqrt(group.var + rule.eps), inverse_target = 1 / std::sqrt(running.var + rule.eps);
   return {group.mean, 1 / sigma, clip(sigma * inverse_target, 1 / rule.r_max, rule.r_max),
           clip((group.mean - running.mean) * inverse_target, -rule.d_max, rule.d_max)};
 }
 
 template <class A>
-Normalizer weighed(const Rule<A>& rule, const Pooled& example, const Pooled& running) {
+Normalizer weighed(const Rule<A>& rule, const Merged& example, const Merged& running) {
   const double alpha = example.count > 0 ? rule.example_weight : 0, difference = example.mean - running.mean;
   const double var =
       (1 - alpha) * running.var + alpha * example.var + alpha * (1 - alpha) * difference * difference;
@@ -63,12 +63,12 @@ Normalizer normalizer(const Forward<T>& problem, int64_t g, int64_t j, const Mom
   const auto& rule = problem.rule;
   const int64_t k = problem.shape.channels_per_group;
   if (rule.source == Source::running) {
-    const Pooled running = pool_running(rule, j * k, k);
+    const Merged running = merge_running(rule, j * k, k);
     return {running.mean, 1 / std::sqrt(running.var + rule.eps)};
   }
-  const Pooled group = pool(channels, k);
-  if (rule.source == Source::renorm) return corrected(rule, group, pool_running(rule, j * k, k));
-  if (rule.source == Source::weighed) return weighed(rule, group, pool_running(rule, j * k, k));
+  const Merged group = merge_channels(channels, k);
+  if (rule.source == Source::renorm) return corrected(rule, group, merge_running(rule, j * k, k));
+  if (rule.source == Source::weighed) return weighed(rule, group, merge_running(rule, j * k, k));
   Normalizer result{group.mean, 1 / std::sqrt(group.var + rule.eps)};
   if (rule.source == Source::given) {
     const int64_t index = g * problem.shape.channel_groups() + j;

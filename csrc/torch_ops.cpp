@@ -30,10 +30,8 @@ E named(const char* argument, const char* const (&names)[N], const std::string& 
   STD_TORCH_CHECK(false, argument, " must be one of ", known, ", got ", name);
 }
 
-renorm::Act act_of(const std::string& name) { return named<renorm::Act>("act", renorm::kActNames, name); }
-
-// An output larger than a core's own cache is written past it, which saves reading what is overwritten: training steps of
-// whole networks take 2 to 7% less time so.
+// An output larger than a core's own cache is written past it, which saves reading what is overwritten: training steps
+// of whole networks take 2 to 7% less time so.
 constexpr int64_t kPastCacheBytes = 1 << 20;
 bool past_cache(const Tensor& x) { return x.numel() * int64_t(x.element_size()) > kPastCacheBytes; }
 
@@ -191,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_within(
                                   : means.data() ? renorm::Source::renorm
                                                  : renorm::Source::batch;
     renorm::run(renorm::Forward<T>{
-        torch_threads(), shape, act_of(act), past_cache(x),
+        torch_threads(), shape, named<renorm::Act>("act", renorm::kActNames, act), past_cache(x),
         {source, weights.data(), biases.data(), means.data(), vars.data(), rs.data(), ds.data(), r_max,
          d_max, 0, eps},
         static_cast<const T*>(input.tensor.const_data_ptr()), data_of<T>(added), data_of<uint8_t>(counted),
@@ -230,7 +228,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_backward(
     const Tensor dresidual = wants_residual ? empty_like(input) : empty({0}, x.scalar_type());
     const Tensor dweight = empty({shape.channels}, kType<A>), dbias = empty({shape.channels}, kType<A>);
     renorm::run(renorm::Backward<T>{
-        torch_threads(), shape, act_of(act), past_cache(x), weights.data(), static_cast<const A*>(count.const_data_ptr()),
+        torch_threads(), shape, named<renorm::Act>("act", renorm::kActNames, act), past_cache(x), weights.data(),
+        static_cast<const A*>(count.const_data_ptr()),
         static_cast<const T*>(gradient.const_data_ptr()), static_cast<const T*>(input.tensor.const_data_ptr()),
         data_of<T>(added), data_of<T>(output), data_of<uint8_t>(counted), mutable_data_of<T>(dx),
         wants_residual ? mutable_data_of<T>(dresidual) : nullptr, mutable_data_of<A>(dweight),
@@ -257,7 +256,7 @@ Tensor evaluate(const Tensor& x, const Optional& weight, const Optional& bias, c
     const Tensor y = empty_like(input);
     std::vector<A> coefficients(renorm::Coefficients<A>::rows * shape.groups() * shape.channels);
     renorm::run(renorm::Forward<T>{
-        torch_threads(), shape, act_of(act), past_cache(x),
+        torch_threads(), shape, named<renorm::Act>("act", renorm::kActNames, act), past_cache(x),
         {weighed ? renorm::Source::weighed : renorm::Source::running, weights.data(), biases.data(), means.data(),
          vars.data(), nullptr, nullptr, 1, 0, example_weight, eps},
         static_cast<const T*>(input.tensor.const_data_ptr()), data_of<T>(added), data_of<uint8_t>(counted),
@@ -278,8 +277,8 @@ void track_as(const Tensor& running_mean, const Tensor& running_var, const Tenso
   renorm::track<A>(
       {mutable_data_of<A>(running_mean), mutable_data_of<A>(running_var), mutable_data_of<int64_t>(steps),
        mutable_data_of<int64_t>(skipped)},
-      {means.data(), vars.data(), counts.data(), groups, channels}, named<renorm::Tracking>("tracking", renorm::kTrackingNames, tracking),
-      momentum, channels_per_group, eps);
+      {means.data(), vars.data(), counts.data(), groups, channels},
+      named<renorm::Tracking>("tracking", renorm::kTrackingNames, tracking), momentum, channels_per_group, eps);
 }
 
 void track(Tensor running_mean, Tensor running_var, Tensor steps, Tensor skipped, const Tensor& mean, const Tensor& var,

@@ -8,6 +8,7 @@ namespace renorm {
 // A rule, and its name at the same place.
 enum class Tracking { std, var, total };
 constexpr const char* kTrackingNames[] = {"std", "var", "total"};
+static_assert(sizeof(kTrackingNames) / sizeof(*kTrackingNames) == int(Tracking::total) + 1, "every rule has its name");
 
 template <class A>
 struct Running {
@@ -21,7 +22,8 @@ struct Batch {
   int64_t groups, channels;
 };
 
-// Moves the statistics by one batch, by the rules of ops/tracking.py. A momentum below 0 stands for the cumulative average.
+// Moves the statistics by one batch, by the rules of ops/tracking.py. A momentum below 0 stands for the cumulative
+// average.
 template <class A>
 void track(const Running<A>& running, const Batch<A>& batch, Tracking rule, double momentum, int64_t channels_per_group,
            double eps);

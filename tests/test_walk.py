@@ -1,4 +1,4 @@
-"""How far a batch travels from the layer to the kernel: what a reader has to open to follow it."""
+"""What a reader has to open to follow a batch from the layer to the kernel: the files that it is handed to."""
 
 from __future__ import annotations
 

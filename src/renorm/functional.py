@@ -121,9 +121,8 @@ def batch_renorm(
     """
     if not (isinstance(r_max, Tensor) or isinstance(d_max, Tensor)):  # asking a tensor would wait for its device
         check_limits(r_max, d_max)
-    wide = accumulation_dtype(x.dtype)
-    target = Target(running_mean.to(wide), running_var.to(wide), r_max, d_max)
     settings = Settings(Grouping(examples_per_group, channels_per_group), eps, act)
+    target = Target(running_mean, running_var, r_max, d_max)
     return normalize(Inputs(x, weight, bias, mask, residual), settings, target)
 
 

@@ -16,7 +16,7 @@ from .grouping import Grouping
 from .limits import Limits
 from .moments import Moments
 from .occasions import Occasion, occasion_of
-from .ops.dispatch import evaluate, normalize, target, train
+from .ops.dispatch import evaluate, normalize, target_of, train
 from .ops.problem import Inputs, Running, Settings, Target
 from .ops.tracking import Rule, Tracking, rule_of
 from .state import State, Sync
@@ -193,7 +193,7 @@ class Norm(State):
         settings = Settings(self.grouping, self.eps * 1.0, act)
         has_workers = self.sync is not None and self.workers.number > 1
         if not self.track_running_stats:
-            return (self._over_workers if has_workers else self._here)(inputs, settings, None)[0]
+            return self._by_batch(inputs, settings, None)[0]
         state = self._state()
         occasion = occasion_of(self, state, self.blocks, sees_state=self.limits is not None)
         if has_workers:
@@ -210,21 +210,18 @@ class Norm(State):
             # copies, since the buffers may move before the backward
             running = Running(occasion.state.mean.clone(), occasion.state.var.clone())
             return evaluate(inputs, settings, running, self.example_weight)
-        shares = self.sync == "batch" and self.workers.number > 1
-        towards = target(inputs, occasion.state, self.limits)
-        y, batches = (self._over_workers if shares else self._here)(inputs, settings, towards)
+        y, batches = self._by_batch(inputs, settings, target_of(inputs, occasion.state, self.limits))
         if occasion.moves:
             self.commit(batches)
         self._merge_after(y, occasion)
         return y
 
-    def _here(self, inputs: Inputs, settings: Settings, towards: Target | None) -> tuple[Tensor, list[Moments]]:
-        y, moments = normalize(inputs, settings, towards)
-        return y, [moments]
-
-    def _over_workers(self, inputs: Inputs, settings: Settings, towards: Target | None) -> tuple[Tensor, list[Moments]]:
-        """The output, and the moments, with a batch of no elements that is not finite if a worker was left out."""
-        y, moments, left_out = normalize_over_workers(inputs, settings, towards, self.workers)
+    def _by_batch(self, inputs: Inputs, settings: Settings, target: Target | None) -> tuple[Tensor, list[Moments]]:
+        """The output, and the moments of the batch; one of no elements that is not finite if a worker was left out."""
+        if self.sync != "batch" or self.workers.number == 1:
+            y, moments = normalize(inputs, settings, target)
+            return y, [moments]
+        y, moments, left_out = normalize_over_workers(inputs, settings, target, self.workers)
         nothing = torch.zeros_like(moments.mean)
         return y, [moments, Moments(nothing.masked_fill(left_out > 0, torch.nan), nothing, nothing[:, :1])]
 

@@ -17,7 +17,7 @@ from .ops.problem import RunningState, Settings
 from .ops.tracking import Rule, Tracking
 from .workers.group import Workers
 from .workers.pool import Pool, pool_of
-from .workers.sums import Layer
+from .workers.sums import Summed
 
 Sync = Literal["running", "batch"]
 _serials = count()
@@ -166,9 +166,9 @@ class State(nn.Module):
         return self.sync != "batch" or self.workers.rank == 0
 
     @property
-    def sums(self) -> Layer:
+    def summed(self) -> Summed:
         """Which sums over workers the running statistics need."""
-        return Layer(self.num_features, self.tracking, self.grouping.channels_per_group, float(self.eps))
+        return Summed(self.num_features, self.tracking, self.grouping.channels_per_group, float(self.eps))
 
     def commit_merged(self, moments: Moments, left_out: Tensor) -> None:
         """Move the running statistics once, by the batches of all workers.

@@ -326,7 +326,7 @@ def test_the_report_lists_every_layer_and_every_momentum_that_changes(capsys: py
 
 
 def test_the_report_goes_to_the_log_by_default(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="renorm"):
+    with caplog.at_level(logging.INFO, logger="renorm.convert"):
         convert(network(), renorm.BatchRenorm)
     assert "3 layers replaced" in caplog.text
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import renorm
+from renorm.integrations import timm as integration
 from renorm.integrations.timm import norm_act
 
 LIMITS = renorm.Limits.over(1_000)
@@ -76,3 +77,10 @@ def test_norm_act_makes_what_is_asked_for(timm: Any) -> None:
     assert type(make(6, drop_layer=nn.Dropout2d).drop) is nn.Dropout2d
     with pytest.raises(ValueError, match="layer must be one of BatchNorm, BatchNorm2d"):
         norm_act(renorm.BatchRenorm1d)
+
+
+@pytest.mark.parametrize("family", ["BatchNorm", "BatchRenorm", "GhostBatchNorm", "BatchGroupNorm"])
+def test_layers_with_an_activation_are_found_beside_their_constructor(family: str) -> None:
+    name = f"{family}Act2d"
+    assert name in integration.__all__
+    assert getattr(integration, name).__name__ == name

@@ -68,7 +68,7 @@ def layers() -> None:
                 state, rule = RunningState(mean, var, *counters), Rule("std", 0.01)
                 _, count, coefficients = launch.normalize_and_track(inputs, settings, state, (limit, limit), rule)
                 saved = Saved(x, weight, bias, None, None, residual, count, coefficients)
-                launch.normalize_backward(x, saved, settings, residual is not None)
+                launch.normalize_backward(x, saved, grouping, act, residual is not None)
                 launch.evaluate(inputs, settings, Running(mean, var), 0.1)
                 launch.evaluate(inputs, settings, Running(mean, var), 0.0)
 

@@ -6,13 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
+from renorm.activation import Activation, activate
 from renorm.grouping import Grouping
-from renorm.ops import aten, backends, reference
-from renorm.ops.problem import Inputs, Settings
+from renorm.moments import Moments
+from renorm.ops import aten, backends, kernels, reference, tracking
+from renorm.ops.problem import Inputs, Running, RunningState, Settings
+from renorm.ops.tracking import Rule
 
 
 def test_a_backend_is_five_functions_and_is_asked_by_layers() -> None:
@@ -50,3 +54,24 @@ def test_kernels_take_no_mixed_dtypes_and_no_subclasses(monkeypatch: pytest.Monk
     assert not backends.take(x.long())
     assert not backends.take(x.as_subclass(type("Subclass", (torch.Tensor,), {})))
     assert not backends.take(torch.zeros(4, 3, device="meta"))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_names_of_rules_and_activations_are_the_same_everywhere() -> None:
+    assert tuple(tracking.RULES) == get_args(tracking.Tracking)
+    state = RunningState(torch.zeros(2), torch.ones(2), torch.tensor(0), torch.tensor(0))
+    moments, x = Moments(torch.zeros(1, 2), torch.ones(1, 2), torch.full((1, 1), 4.0)), torch.randn(4, 2)
+    for name in tracking.RULES:
+        kernels.track(state, moments, Rule(name, 0.1), Settings(Grouping(), 1e-5))
+    for name in get_args(Activation):
+        settings, running = Settings(Grouping(), 0.0, name), Running(torch.zeros(2), torch.ones(2))
+        torch.testing.assert_close(kernels.evaluate(Inputs(x), settings, running, 0.0), activate(x, name))
+    with pytest.raises(RuntimeError, match="tracking must be one of std, var, total, got mine"):
+        kernels.track(state, moments, Rule("mine", 0.1), Settings(Grouping(), 1e-5))  # type: ignore[arg-type]
+
+
+def test_triton_knows_every_rule_and_activation() -> None:
+    pytest.importorskip("triton")
+    from renorm.ops.triton.activation import CODES
+
+    assert tuple(CODES) == (None, *get_args(Activation))

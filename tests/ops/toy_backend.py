@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 import renorm
+from renorm.activation import Activation
+from renorm.grouping import Grouping
 from renorm.moments import Moments
 from renorm.ops import backends, evaluation, reference, schema, statistics, tracking
 from renorm.ops.composed import finish
@@ -29,23 +31,24 @@ def normalize(
     ones = torch.ones_like(moments.mean)
     r, d = (ones, 0 * ones) if applied is None else applied
     k = settings.grouping.channels_per_group
-    rows = Coefficients(ones, ones, ones, statistics.spread(r, k), statistics.spread(d, k), ones)
+    # what its own backward needs stands where the kernels have scale and offset
+    kept = moments.mean, moments.var + settings.eps
+    rows = Coefficients(ones, *kept, statistics.spread(r, k), statistics.spread(d, k), ones)
     return finish(y, inputs, settings), *moments, torch.stack([row.expand_as(ones) for row in rows])
 
 
 def normalize_backward(
-    dy: Tensor, saved: Saved, settings: Settings, wants_residual: bool
+    dy: Tensor, saved: Saved, grouping: Grouping, act: Activation | None, wants_residual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     calls.append("normalize_backward")
-    rows, k = Coefficients(*saved.coefficients), settings.grouping.channels_per_group
+    rows, k = Coefficients(*saved.coefficients), grouping.channels_per_group
     correction = Correction(rows.r[:, ::k], rows.d[:, ::k])
-    inputs = Inputs(saved.x, saved.weight, None, saved.mask)
-    if settings.act is not None:
-        assert settings.act == "relu"
+    if act is not None:
+        assert act == "relu"
         assert saved.y is not None
         dy = dy * (saved.y > 0)
-    settings = settings._replace(eps=1e-5)
-    moments = statistics.moments_of(saved.x, saved.mask, settings.grouping)
+    moments, settings = Moments(rows.scale, rows.offset, saved.count), Settings(grouping, eps=0.0)
+    inputs = Inputs(saved.x, saved.weight, None, saved.mask)
     dx, dweight, dbias = reference.backward(dy, inputs, settings, moments, correction)
     return dx, dweight, dbias, dy if wants_residual else dy.new_empty(0)
 

@@ -154,3 +154,12 @@ def test_a_shared_layer_loads_from_its_one_place_in_the_file(tmp_path: Path) -> 
     # not strict: a format without metadata has no version, and layers of version 1 look for no count
     safetensors.load_model(again, tmp_path / "model.safetensors", strict=False)
     same(again, ours)
+
+
+def test_exported_functions_cast_no_statistics_to_what_they_are() -> None:
+    class Layer(nn.Module):
+        def forward(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+            return renorm.functional.batch_renorm(x, mean, var, r_max=2.0, d_max=1.0)[0]
+
+    program = torch.export.export(Layer(), (torch.randn(4, 3), torch.zeros(3), torch.ones(3)))
+    assert not [node for node in program.graph.nodes if "to.dtype" in str(node.target)]

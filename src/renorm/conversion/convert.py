@@ -23,7 +23,7 @@ __all__ = ["ConversionReport", "convert", "to_batchnorm"]
 
 
 def _log(report: ConversionReport) -> None:
-    logging.getLogger(__name__).info("%s", report)
+    logging.getLogger("renorm.convert").info("%s", report)
 
 
 def convert(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import tracks
+from ..moments import accumulation_dtype
 
 __all__ = ["translate_state_dict"]
 
@@ -186,7 +187,7 @@ def _variance(std: Tensor, key: str, name: str, layer: Any) -> Tensor:
             f"eps={layer.eps:g}: make it with eps={0.9 * least:.2g} or less"
         )
     var: Tensor = (square - layer.eps).clamp(min=0)
-    return var.to(torch.promote_types(std.dtype, torch.float32))
+    return var.to(accumulation_dtype(std.dtype))
 
 
 def _tensor(value: Any, key: str) -> Tensor:

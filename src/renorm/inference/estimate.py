@@ -19,7 +19,7 @@ from ..occasions import Accumulation, counts
 from ..ops.statistics import moments_of
 from ..ops.tracking import update_running
 from ..workers.group import Workers
-from ..workers.sums import Layer, from_sums, to_sums
+from ..workers.sums import Summed, from_sums, to_sums
 from .passes import ModelCall, arguments, batch_statistics, forward
 
 _PLAIN = Limits.constant(r_max=1.0, d_max=0.0)  # batch norm, and single elements are still taken
@@ -67,23 +67,23 @@ def estimate(model: nn.Module, loader: Iterable[Any], *, forward: ModelCall = fo
     """
     layers = tracking_layers(model)
     _refuse_frozen(layers)
-    rules = [_sums(layer) for layer in layers.values()]
+    summed = [_summed(layer) for layer in layers.values()]
     device = next(iter(layers.values())).running_mean.device
-    total = torch.zeros_like(to_sums(rules, [[] for _ in rules], device))
+    total = torch.zeros_like(to_sums(summed, [[] for _ in summed], device))
     with _watched(model, list(layers.values())) as seen:
         for batch in loader:
             forward(model, batch)
-            total += to_sums(rules, seen, device)
+            total += to_sums(summed, seen, device)
             for batches in seen:
                 batches.clear()
     if Workers().number > 1:
         total = Workers().sum(total)
-    _write(layers, rules, total)
+    _write(layers, summed, total)
     return model
 
 
-def _sums(layer: Any) -> Layer:
-    return layer.sums if isinstance(layer, Norm) else Layer(layer.num_features, "var", 1, float(layer.eps))
+def _summed(layer: Any) -> Summed:
+    return layer.summed if isinstance(layer, Norm) else Summed(layer.num_features, "var", 1, float(layer.eps))
 
 
 def _refuse_frozen(layers: dict[str, Any]) -> None:
@@ -123,8 +123,8 @@ def _noting(block: Accumulation) -> Any:
     return hook
 
 
-def _write(layers: dict[str, Any], rules: list[Layer], total: Tensor) -> None:
-    found, left_out = from_sums(total, rules, [layer.running_var for layer in layers.values()])
+def _write(layers: dict[str, Any], summed: list[Summed], total: Tensor) -> None:
+    found, left_out = from_sums(total, summed, [layer.running_var for layer in layers.values()])
     counts = [float(moments.count) for moments in found]
     unseen = [name or "(root)" for name, count in zip(layers, counts, strict=True) if count == 0]
     if len(unseen) == len(layers):
@@ -145,12 +145,12 @@ def _write(layers: dict[str, Any], rules: list[Layer], total: Tensor) -> None:
             "data, and for overflow in half precision",
             stacklevel=3,
         )
-    for layer, rule, moments, count in zip(layers.values(), rules, found, counts, strict=True):
+    for layer, sums, moments, count in zip(layers.values(), summed, found, counts, strict=True):
         if count == 0:
             continue
         mean, var = update_running(
             layer.running_mean, layer.running_var, moments,
-            momentum=1.0, tracking=rule.tracking, channels_per_group=rule.channels_per_group, eps=rule.eps,
+            momentum=1.0, tracking=sums.tracking, channels_per_group=sums.channels_per_group, eps=sums.eps,
         )  # fmt: skip
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(var)

@@ -118,7 +118,7 @@ class Measurement:
         )  # fmt: skip
 
     def _scale(self, r: Tensor, elements: Tensor) -> float:
-        if rule_of(getattr(self.layer, "tracking", "var")).averages_sigma:
+        if rule_of(self.layer.tracking if isinstance(self.layer, Norm) else "var").averages_sigma:
             return float(r.mean(0).median())
         # a running variance is unbiased, or nearly, and that of a group of m elements (m - 1) / m of it
         unbiased = r.square() * (elements / (elements - 1).clamp(min=1))[:, None]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..inference.passes import arguments
 from ..inspection.measure import quantiles
 from ..modules import grouping_of, tracking_layers
+from ..norm import Norm
 from ..occasions import Frozen
 from ..ops.problem import Correction, Target
 from ..ops.statistics import correct, merge_channels, moments_of
@@ -143,7 +144,7 @@ def _measure(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor | None:
     group = merge_channels(moments_of(x, mask, grouping), grouping.channels_per_group)
     target = Target(layer.running_mean, layer.running_var, math.inf, math.inf)
     wanted = correct(group, target, grouping.channels_per_group, layer.eps)
-    limits: Any = getattr(layer, "limits", None)
+    limits: Any = layer.limits if isinstance(layer, Norm) else None
     r_max, d_max = (1.0, 0.0) if limits is None else limits(layer.num_batches_tracked, wanted.r.dtype)
     applied = Correction(wanted.r.clamp(1 / r_max, r_max), wanted.d.clamp(-d_max, d_max))
     # the normalized batch has mean 0 and variance var / (var + eps)

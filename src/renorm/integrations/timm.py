@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..fusion.norm_act import ACT_LAYERS, NormAct
+from ..fusion.norm_act import (
+    ACT_LAYERS,
+    BatchGroupNormAct2d,
+    BatchNormAct2d,
+    BatchRenormAct2d,
+    GhostBatchNormAct2d,
+    NormAct,
+)
 from ..norm import Norm
+
+__all__ = ["BatchGroupNormAct2d", "BatchNormAct2d", "BatchRenormAct2d", "GhostBatchNormAct2d", "norm_act"]
 
 _TIMM_OPTIONS = ("apply_act", "act_layer", "act_kwargs", "inplace", "drop_layer")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +39,8 @@ def _load_cpu_kernels() -> bool:
     return False
 
 
-def _find_gpu_kernels() -> bool:
+def _has_triton() -> bool:
     """Whether Triton is there, and not RENORM_GPU=off; known from the start, since torch.compile cannot look for it."""
-    implement("cuda", "renorm.ops.triton.launch")
     return os.environ.get("RENORM_GPU") != "off" and find_spec("triton") is not None
 
 
@@ -59,8 +59,24 @@ def instruction_set() -> str:
     return name
 
 
-# Kernels of ours, implementations of the operations in `schema`, by torch's name for the kind of device.
-available = {"cpu": _load_cpu_kernels(), "cuda": _find_gpu_kernels()}
+class Kernels(NamedTuple):
+    """Kernels of ours for a kind of device: implementations of the operations in `schema`.
+
+    Args:
+        are_there: whether they can be called, asked once.
+        module: where they are, if they are in Python; see `schema.implement`.
+    """
+
+    are_there: Callable[[], bool]
+    module: str | None = None
+
+
+# By torch's name for the kind of device.
+KERNELS = {"cpu": Kernels(_load_cpu_kernels), "cuda": Kernels(_has_triton, "renorm.ops.triton.launch")}
+available = {device: kernels.are_there() for device, kernels in KERNELS.items()}
+for _device, _kernels in KERNELS.items():
+    if _kernels.module is not None:
+        implement(_device, _kernels.module)
 
 
 def take(x: Tensor, residual: Tensor | None = None) -> bool:
@@ -91,8 +107,8 @@ def take_step(x: Tensor, residual: Tensor | None, state: RunningState) -> bool:
         state: buffers to move in place.
 
     Returns:
-        True in eager mode, since what is compiled needs the statistics as an output, to move them where it can order
-        the writes.
+        True in eager mode, for plain contiguous buffers in x's accumulation dtype on its device. What is compiled needs
+        the statistics as an output, to move them where it can order the writes.
     """
     if torch.compiler.is_compiling() or x.numel() == 0 or not take(x, residual):
         return False
@@ -107,11 +123,34 @@ def take_moments(moments: Moments, state: RunningState) -> bool:
         state: buffers to move in place.
 
     Returns:
-        True in eager mode.
+        True in eager mode, for plain contiguous buffers of the moments' dtype on their device.
     """
     if torch.compiler.is_compiling() or not take(moments.mean):
         return False
     return moments.mean.dtype == state.mean.dtype and _can_move(moments.mean, state)
+
+
+def take_evaluation(inputs: Inputs, settings: Settings, example_weight: float) -> bool:
+    """Whether they evaluate a batch.
+
+    Args:
+        inputs: the batch.
+        settings: channels_per_group and activation.
+        example_weight: weight of the example's own statistics.
+
+    Returns:
+        True in eager mode without gradients, unless it is all that torch's own batch norm does as fast.
+    """
+    x, weight, bias, mask, residual = inputs
+    is_batch_norm = example_weight == 0 and settings.grouping.channels_per_group == 1 and mask is None
+    if is_batch_norm and residual is None and settings.act is None:
+        return False
+    if torch.compiler.is_compiling() or torch.jit._trace.is_tracing():  # what is exported must run where we are not
+        return False
+    if x.numel() == 0 or not take(x, residual):
+        return False
+    needs_gradient = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, residual))
+    return not (needs_gradient and torch.is_grad_enabled())
 
 
 def _can_move(x: Tensor, state: RunningState) -> bool:

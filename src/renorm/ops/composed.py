@@ -29,7 +29,7 @@ def compose(
         The output, 0 where masked, and the moments, which are constants for autograd.
     """
     x, weight, bias, mask, _ = inputs
-    y, mean, var, count, *_ = _Normalize.apply(x, weight, bias, mask, correction, settings, implementation)
+    y, mean, var, count, *_ = _ByTorch.apply(x, weight, bias, mask, correction, settings, implementation)
     return finish(y, inputs, settings), Moments(mean, var, count)
 
 
@@ -51,7 +51,7 @@ def finish(y: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     return activate(y, settings.act)
 
 
-class _Normalize(torch.autograd.Function):
+class _ByTorch(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor,
@@ -86,4 +86,4 @@ class _Normalize(torch.autograd.Function):
 
 
 # Autograd asks for the signature at every call; to find it anew takes longer than all else around the operation.
-_Normalize.forward.__signature__ = inspect.signature(_Normalize.forward)  # type: ignore[attr-defined]
+_ByTorch.forward.__signature__ = inspect.signature(_ByTorch.forward)  # type: ignore[attr-defined]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..activation import require_activation
-from ..checks import check_channels, check_example_weight, check_groups, check_input, check_mask, check_residual
+from ..checks import check_channels, check_example_weight, check_groups
 from ..limits import Limits
 from ..moments import Moments, accumulation_dtype
 from . import backends, evaluation, kernels
 from .composed import compose
-from .problem import Correction, Inputs, Running, RunningState, Settings, Target
+from .problem import Correction, Inputs, Running, RunningState, Settings, Target, checked
 from .snapshot import snapshot
 from .tracking import Rule, move
 
@@ -32,7 +31,12 @@ def normalize(inputs: Inputs, settings: Settings, correction: Target | Correctio
         TypeError: x is not floating point, or the mask not boolean.
         ValueError: a shape does not fit, or a group has a single element and no correction.
     """
-    inputs = checked(inputs, settings, correction if isinstance(correction, Target) else None)
+    if isinstance(correction, Target):
+        inputs = checked(inputs, settings, correction)
+        running = _as_accumulated(inputs.x, Running(correction.mean, correction.var))
+        correction = Target(*running, correction.r_max, correction.d_max)
+    else:
+        inputs = checked(inputs, settings)
     if inputs.x.numel() == 0:
         return _normalize_nothing(inputs)
     check_groups(inputs.x, settings.grouping, corrected=correction is not None)
@@ -63,7 +67,7 @@ def train(inputs: Inputs, settings: Settings, state: RunningState, limits: Limit
         check_groups(inputs.x, settings.grouping, corrected=limits is not None)
         now = None if limits is None else limits(state.steps, state.mean.dtype)
         return kernels.step(inputs, settings, state, now, rule)
-    y, moments = normalize(inputs, settings, target(inputs, state, limits))
+    y, moments = normalize(inputs, settings, target_of(inputs, state, limits))
     if inputs.x.numel() > 0:
         track(state, moments, rule, settings)
     return y
@@ -90,7 +94,7 @@ def evaluate(inputs: Inputs, settings: Settings, running: Running, example_weigh
     inputs = checked(inputs, settings, running)
     check_channels(inputs.x.shape[1], settings.grouping.channels_per_group)
     running = _as_accumulated(inputs.x, running)
-    if _is_kernels_evaluation(inputs, settings, example_weight):
+    if backends.take_evaluation(inputs, settings, example_weight):
         return kernels.evaluate(inputs, settings, running, example_weight)
     return evaluation.evaluate(inputs, settings, running, example_weight)
 
@@ -115,7 +119,7 @@ def track(state: RunningState, moments: Moments, rule: Rule, settings: Settings)
         move(state, moments, rule, settings)
 
 
-def target(inputs: Inputs, state: RunningState, limits: Limits | None) -> Target | None:
+def target_of(inputs: Inputs, state: RunningState, limits: Limits | None) -> Target | None:
     """What a batch is corrected towards.
 
     Args:
@@ -124,51 +128,14 @@ def target(inputs: Inputs, state: RunningState, limits: Limits | None) -> Target
         limits: of the correction; None for batch norm.
 
     Returns:
-        Running statistics and limits in x's accumulation dtype; None for batch norm.
+        Running statistics and limits; None for batch norm.
     """
     if limits is None:
         return None
     mean, var, steps, _ = state
     if not backends.take(inputs.x, inputs.residual):  # these keep r and d themselves
         mean, var, steps = snapshot(mean), snapshot(var), snapshot(steps)
-    mean, var = _as_accumulated(inputs.x, Running(mean, var))
-    return Target(mean, var, *limits(steps, mean.dtype))
-
-
-def checked(inputs: Inputs, settings: Settings, running: Running | RunningState | Target | None) -> Inputs:
-    """Refuse what cannot be normalized together.
-
-    Args:
-        inputs: as a caller gives them.
-        settings: with the activation.
-        running: statistics that must fit, or None.
-
-    Returns:
-        The inputs, the mask as (N, *S).
-
-    Raises:
-        TypeError: x is not floating point, or the mask not boolean.
-        ValueError: a shape does not fit, or the activation is unknown.
-    """
-    x, weight, bias, mask, residual = inputs
-    mean, var = (None, None) if running is None else (running.mean, running.var)
-    check_input(x, running_mean=mean, running_var=var, weight=weight, bias=bias)
-    check_residual(residual, x)
-    require_activation(settings.act)
-    return inputs if mask is None else inputs._replace(mask=check_mask(mask, x))
-
-
-def _is_kernels_evaluation(inputs: Inputs, settings: Settings, example_weight: float) -> bool:
-    x, weight, bias, mask, residual = inputs
-    is_batch_norm = example_weight == 0 and settings.grouping.channels_per_group == 1 and mask is None
-    if is_batch_norm and residual is None and settings.act is None:  # torch's own is as fast
-        return False
-    if torch.compiler.is_compiling() or torch.jit._trace.is_tracing():  # what is exported must run where we are not
-        return False
-    if x.numel() == 0 or not backends.take(x, residual):
-        return False
-    needs_gradient = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, residual))
-    return not (needs_gradient and torch.is_grad_enabled())
+    return Target(mean, var, *limits(steps, accumulation_dtype(inputs.x.dtype)))
 
 
 def _normalize_nothing(inputs: Inputs) -> tuple[Tensor, Moments]:

@@ -45,7 +45,7 @@ def normalize(inputs: Inputs, settings: Settings, correction: Target | Correctio
         arguments = NormalizeArguments.of(inputs, settings, correction)
         y, mean, var, count, _ = _OPS.normalize.default(*arguments)
     else:
-        y, mean, var, count, _ = _Normalize.apply(*inputs, settings, correction)
+        y, mean, var, count, _ = _ByKernels.apply(*inputs, settings, correction)
     return y, Moments(mean, var, count)
 
 
@@ -62,7 +62,7 @@ def step(inputs: Inputs, settings: Settings, state: RunningState, limits: tuple[
     Returns:
         The output.
     """
-    y: Tensor = _Step.apply(*inputs, settings, state, limits, rule)
+    y: Tensor = _StepByKernels.apply(*inputs, settings, state, limits, rule)
     torch.autograd.graph.increment_version(state)
     return y
 
@@ -135,7 +135,7 @@ def _differentiable_gradients(dy: Tensor, saved: Saved, settings: Settings, want
         slope = derivative_from_output(y, settings.act)
         output = output * slope
     asked = {i: tensor for i, tensor in enumerate(inputs) if tensor is not None and wanted[i]}
-    found = torch.autograd.grad(output, list(asked.values()), dy, create_graph=True)
+    found = torch.autograd.grad(output, list(asked.values()), dy, create_graph=True) if asked else ()
     gradients: dict[int, Any] = dict(zip(asked, found, strict=True))
     if wanted[4] and residual is None:
         dresidual = dy if slope is None else dy * slope
@@ -143,7 +143,7 @@ def _differentiable_gradients(dy: Tensor, saved: Saved, settings: Settings, want
     return gradients.get(0), gradients.get(1), gradients.get(2), None, gradients.get(4)
 
 
-class _Normalize(torch.autograd.Function):
+class _ByKernels(torch.autograd.Function):
     # One forward with ctx, not setup_context, and few arguments: both cost as much as a small layer's kernel. The
     # price is torch.func, whose transforms take the composed operation.
     @staticmethod
@@ -170,7 +170,7 @@ class _Normalize(torch.autograd.Function):
         return *_gradients(ctx, dy), None, None
 
 
-class _Step(torch.autograd.Function):
+class _StepByKernels(torch.autograd.Function):
     # The same, but that its statistics are no outputs: autograd would have to be told about each of them.
     @staticmethod
     def forward(
@@ -215,7 +215,7 @@ def _register() -> None:
         return _output_like(x), *moments, statistic(len(Coefficients._fields), groups, channels)
 
     def differentiated(*arguments: Any) -> tuple[Tensor, ...]:
-        _, (x, *_), _, wants_residual = BackwardArguments(*arguments).read()
+        _, (x, *_), *_, wants_residual = BackwardArguments(*arguments).read()
         parameter = [x.new_empty(x.shape[1], dtype=accumulation_dtype(x.dtype)) for _ in range(2)]
         return _output_like(x), *parameter, _output_like(x) if wants_residual else x.new_empty(0)
 

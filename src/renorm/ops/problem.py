@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..activation import Activation
+from ..activation import Activation, require_activation
+from ..checks import check_input, check_mask, check_residual
 from ..grouping import Grouping
 from ..moments import Moments
 
@@ -142,3 +143,26 @@ class Implementation(NamedTuple):
 
     forward: Callable[[Inputs, Settings, Target | Correction | None], Normalized]
     backward: Callable[[Tensor, Inputs, Settings, Moments, Correction | None], Gradients]
+
+
+def checked(inputs: Inputs, settings: Settings, running: Running | RunningState | Target | None = None) -> Inputs:
+    """Refuse what cannot be normalized together.
+
+    Args:
+        inputs: as a caller gives them.
+        settings: with the activation.
+        running: statistics that must fit; None for none.
+
+    Returns:
+        The inputs, the mask as (N, *S).
+
+    Raises:
+        TypeError: x is not floating point, or the mask not boolean.
+        ValueError: a shape does not fit, or the activation is unknown.
+    """
+    x, weight, bias, mask, residual = inputs
+    mean, var = (None, None) if running is None else (running.mean, running.var)
+    check_input(x, running_mean=mean, running_var=var, weight=weight, bias=bias)
+    check_residual(residual, x)
+    require_activation(settings.act)
+    return inputs if mask is None else inputs._replace(mask=check_mask(mask, x))

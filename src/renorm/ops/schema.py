@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..activation import Activation
 from ..grouping import Grouping
 from ..moments import Moments
 from .problem import Correction, Inputs, Running, RunningState, Settings, Target
@@ -68,7 +69,7 @@ class Saved(NamedTuple):
     Args:
         x: input.
         weight: gamma, or None.
-        bias: beta, or None.
+        bias: beta, for a second backward; None for the operation, which does not need it.
         mask: (N, *S), or None.
         residual: where the activation's gradient is computed from it, else None.
         y: output, where the activation's gradient is computed from it, else None.
@@ -149,10 +150,10 @@ class BackwardArguments(NamedTuple):
             wants_residual,
         )  # fmt: skip
 
-    def read(self) -> tuple[Tensor, Saved, Settings, bool]:
+    def read(self) -> tuple[Tensor, Saved, Grouping, Activation | None, bool]:
         saved = Saved(self.x, self.weight, None, self.mask, self.residual, self.y, self.count, self.coefficients)
-        settings = _settings(self.examples_per_group, self.channels_per_group, 0.0, self.act)  # eps is in sigma already
-        return self.dy, saved, settings, self.wants_residual
+        grouping = Grouping(self.examples_per_group, self.channels_per_group)
+        return self.dy, saved, grouping, None if self.act == "none" else self.act, self.wants_residual
 
 
 class EvaluateArguments(NamedTuple):
@@ -255,7 +256,8 @@ def _settings(examples_per_group: int | None, channels_per_group: int, eps: floa
 def _as_tensor(limit: float | Tensor) -> Tensor:
     if isinstance(limit, Tensor):
         return limit
-    return torch.tensor(limit, dtype=torch.float64) if torch.compiler.is_compiling() else _constant(limit)
+    compiling = torch.compiler.is_compiling()
+    return torch.tensor(limit, dtype=torch.float64, device="cpu") if compiling else _constant(limit)
 
 
 @lru_cache(maxsize=64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ class Rule(NamedTuple):
 
 class TrackingRule(NamedTuple):
     """What a rule does to the running variance; the kernels have theirs in csrc/tracking.cpp and triton/tracking.py.
+
+    Over workers either standard deviations are summed or second moments; a rule of a third kind needs its sums in
+    workers/sums.py.
 
     Args:
         move: the variance after a batch, from running mean, running variance, moments by group, the batch's moments,
@@ -73,6 +76,7 @@ def _total(
     return torch.lerp(running_var, batch.var, momentum) + momentum * (1 - momentum) * between
 
 
+# In the order of the names in csrc/tracking.h.
 RULES: dict[str, TrackingRule] = {
     "std": TrackingRule(_std, averages_sigma=True, is_unbiased=False, needs_spread=True),
     "var": TrackingRule(_var, averages_sigma=False, is_unbiased=True, needs_spread=True),
@@ -93,7 +97,7 @@ def rule_of(tracking: str) -> TrackingRule:
         ValueError: there is no such rule.
     """
     if tracking not in RULES:
-        raise ValueError(f"tracking must be one of {', '.join(map(repr, get_args(Tracking)))}, got {tracking!r}")
+        raise ValueError(f"tracking must be one of {', '.join(map(repr, RULES))}, got {tracking!r}")
     return RULES[tracking]
 
 

@@ -13,8 +13,7 @@ from ..grouping import Grouping
 from ..moments import Moments, accumulation_dtype
 from ..ops import statistics
 from ..ops.composed import finish
-from ..ops.dispatch import checked
-from ..ops.problem import Inputs, Settings, Target
+from ..ops.problem import Inputs, Settings, Target, checked
 from .group import Workers
 
 
@@ -40,11 +39,11 @@ def normalize_over_workers(
     inputs = checked(inputs, settings, target)
     x, weight, bias, mask, _ = inputs
     check_channels(x.shape[1], settings.grouping.channels_per_group)
-    y, mean, var, count, left_out = _Normalize.apply(x, weight, bias, mask, settings, target, workers)
+    y, mean, var, count, left_out = _OverWorkers.apply(x, weight, bias, mask, settings, target, workers)
     return finish(y, inputs, settings), Moments(mean, var, count), left_out
 
 
-class _Normalize(torch.autograd.Function):
+class _OverWorkers(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -12,7 +12,7 @@ from torch.autograd import Variable
 
 from ..moments import Moments
 from .group import Workers
-from .sums import Layer, from_sums, to_sums
+from .sums import Summed, from_sums, to_sums
 
 
 class Member(Protocol):
@@ -22,7 +22,7 @@ class Member(Protocol):
     serial: int  # equal on all workers, where layers are constructed in the same order
 
     @property
-    def sums(self) -> Layer:
+    def summed(self) -> Summed:
         """Which sums it needs."""
 
     def commit_merged(self, moments: Moments, left_out: Tensor) -> None:
@@ -114,7 +114,7 @@ class Pool:
         self._finish()  # what a backward pass that failed has left
         batches = [self._pending.pop(member, []) for member in members]
         self._backward_comes = False
-        buffer = to_sums([member.sums for member in members], batches, members[0].running_var.device)
+        buffer = to_sums([member.summed for member in members], batches, members[0].running_var.device)
         self._under_way = members, buffer, self.workers.start_sum(buffer)
 
     def _finish(self) -> None:
@@ -122,7 +122,7 @@ class Pool:
             return
         (members, buffer, work), self._under_way = self._under_way, None
         work.wait()
-        found = from_sums(buffer, [member.sums for member in members], [member.running_var for member in members])
+        found = from_sums(buffer, [member.summed for member in members], [member.running_var for member in members])
         for member, moments, left_out in zip(members, *found, strict=True):
             member.commit_merged(moments, left_out)
 

@@ -16,7 +16,7 @@ from ..moments import Moments
 from ..ops.tracking import Tracking, rule_of
 
 
-class Layer(NamedTuple):
+class Summed(NamedTuple):
     """What decides which sums a layer needs.
 
     Args:
@@ -53,7 +53,7 @@ class _Places(NamedTuple):
     channels_per_group: Tensor  # of each layer
 
 
-def to_sums(layers: Sequence[Layer], batches: Sequence[Sequence[Moments]], device: torch.device) -> Tensor:
+def to_sums(layers: Sequence[Summed], batches: Sequence[Sequence[Moments]], device: torch.device) -> Tensor:
     """What the layers of a worker contribute.
 
     Args:
@@ -79,7 +79,7 @@ def to_sums(layers: Sequence[Layer], batches: Sequence[Sequence[Moments]], devic
 
 
 def from_sums(
-    sums: Tensor, layers: Sequence[Layer], running_vars: Sequence[Tensor]
+    sums: Tensor, layers: Sequence[Summed], running_vars: Sequence[Tensor]
 ) -> tuple[list[Moments], Sequence[Tensor]]:
     """The moments behind sums, each as of one group that moves the statistics as all the groups together do.
 
@@ -111,7 +111,7 @@ def from_sums(
     return moments, left_out.long().unbind()
 
 
-def _row(layer: Layer, batches: Sequence[Moments], device: torch.device) -> _Row:
+def _row(layer: Summed, batches: Sequence[Moments], device: torch.device) -> _Row:
     if not batches:
         nothing = torch.zeros(layer.num_features, device=device)
         return _Row(nothing, nothing, nothing[:1], nothing[:1], nothing[:1])
@@ -121,7 +121,7 @@ def _row(layer: Layer, batches: Sequence[Moments], device: torch.device) -> _Row
     return _merged_row(layer, batches, device)
 
 
-def _merged_row(layer: Layer, batches: Sequence[Moments], device: torch.device) -> _Row:
+def _merged_row(layer: Summed, batches: Sequence[Moments], device: torch.device) -> _Row:
     is_finite = torch.stack([moments.finite().all() for moments in batches])
     kept = torch.cat([ok.expand(len(moments.mean)) for ok, moments in zip(is_finite, batches, strict=True)])[:, None]
     mean, var, count = (torch.cat(parts).double().where(kept, 0) for parts in zip(*batches, strict=True))
@@ -134,7 +134,7 @@ def _merged_row(layer: Layer, batches: Sequence[Moments], device: torch.device) 
 
 
 @lru_cache(maxsize=32)
-def _places(layers: tuple[Layer, ...], device: torch.device) -> _Places:
+def _places(layers: tuple[Summed, ...], device: torch.device) -> _Places:
     widths = torch.tensor([layer.num_features for layer in layers])
     rules = [rule_of(layer.tracking) for layer in layers]
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...activation import Activation
+from ...grouping import Grouping
 from ...moments import Moments, accumulation_dtype
 from ..problem import Correction, Inputs, Running, RunningState, Settings, Target
 from ..schema import Saved
@@ -67,6 +69,12 @@ def normalize(
     inputs: Inputs, settings: Settings, correction: Target | Correction | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """renorm::normalize, see `ops.schema`."""
+    return _normalize(inputs, settings, correction)
+
+
+def _normalize(
+    inputs: Inputs, settings: Settings, correction: Target | Correction | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = inputs._replace(x=dense(inputs.x))
     x, weight, bias, *_ = inputs
     layout = Layout.of(x, settings.grouping)
@@ -92,7 +100,7 @@ def normalize_and_track(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """renorm::normalize_and_track, see `ops.schema`."""
     target = None if limits is None else Target(state.mean, state.var, *limits)
-    y, mean, var, count, coefficients = normalize(inputs, settings, target)
+    y, mean, var, count, coefficients = _normalize(inputs, settings, target)
     move(state, Moments(mean, var, count), rule, settings)
     return y, count, coefficients
 
@@ -186,18 +194,18 @@ class _Backward(NamedTuple):
 
 @_on_its_device
 def normalize_backward(
-    dy: Tensor, saved: Saved, settings: Settings, wants_residual: bool
+    dy: Tensor, saved: Saved, grouping: Grouping, act: Activation | None, wants_residual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """renorm::normalize_backward, see `ops.schema`."""
     x = dense(saved.x)
     residual, y = (None if tensor is None else laid_out_as(x, tensor) for tensor in (saved.residual, saved.y))
-    layout = Layout.of(x, settings.grouping)
+    layout = Layout.of(x, grouping)
     gradients = x.new_empty((2, layout.groups, layout.channels), dtype=accumulation_dtype(x.dtype))
     tensors = _Backward(
         laid_out_as(x, dy), x, _bytes_of(saved.mask), residual, y, saved.coefficients, saved.count, saved.weight,
         torch.empty_like(x), torch.empty_like(x) if wants_residual else x.new_empty(0), gradients,
     )  # fmt: skip
-    options = {"RESIDUAL": residual is not None, "FROM_Y": y is not None, "ACT": CODES[settings.act]}
+    options = {"RESIDUAL": residual is not None, "FROM_Y": y is not None, "ACT": CODES[act]}
     outputs = {"WEIGHT": saved.weight is not None, "WANTS_RESIDUAL": wants_residual}
     cut = whole_channels(layout)
     if cut is not None:

@@ -12,7 +12,7 @@ BLOCK = 64  # channels of a group at a time
 
 
 @triton.jit
-def _pool_running(running_mean, running_var, first, k, ACC: tl.constexpr, BK: tl.constexpr):
+def _merge_running(running_mean, running_var, first, k, ACC: tl.constexpr, BK: tl.constexpr):
     """Law of total variance over the channels [first, first + k)."""
     mean, var = tl.zeros((), ACC), tl.zeros((), ACC)
     for i in range(0, k, BK):
@@ -35,7 +35,7 @@ def settle(
 ):  # fmt: skip
     j, g = block_and_group(C, k)
     first = j * k
-    near, pooled, variance = tl.zeros((), ACC), tl.zeros((), ACC), tl.zeros((), ACC)
+    near, merged, variance = tl.zeros((), ACC), tl.zeros((), ACC), tl.zeros((), ACC)
     counted = tl.zeros((), ACC)
     if SOURCE != 4:
         for i in range(0, k, BK):
@@ -45,25 +45,25 @@ def settle(
             if i == 0:
                 near = tl.sum(tl.where(c == first, tl.where(own, shift, 0.0), 0.0), 0)
                 counted = tl.max(counts, 0)
-            pooled += tl.sum(tl.where(own, (shift - near) + rest, 0.0), 0) / k
+            merged += tl.sum(tl.where(own, (shift - near) + rest, 0.0), 0) / k
         for i in range(0, k, BK):
             own = i + tl.arange(0, BK) < k
             c = tl.minimum(first + i + tl.arange(0, BK), first + k - 1)
             shift, rest, each, _ = moments_of_splits(measured, g, c, C, G, splits, SPLITS)
-            apart = ((shift - near) + rest) - pooled
+            apart = ((shift - near) + rest) - merged
             variance += tl.sum(tl.where(own, each + apart * apart, 0.0), 0) / k
             if KEEPS:
                 tl.store(mean + g * C + c, shift + rest, mask=own)
                 tl.store(var + g * C + c, each, mask=own)
     known_mean, known_var = near, variance
     if SOURCE == 1 or SOURCE == 3 or SOURCE == 4:
-        known_mean, known_var = _pool_running(running_mean, running_var, first, k, ACC, BK)
+        known_mean, known_var = _merge_running(running_mean, running_var, first, k, ACC, BK)
     r, d = tl.full((), 1.0, ACC), tl.zeros((), ACC)
     if SOURCE == 2:
         r = tl.load(r_given + g * (C // k) + j).to(ACC)
         d = tl.load(d_given + g * (C // k) + j).to(ACC)
     center, rest, r, d, inverse_sigma = normalizer(
-        near, pooled, variance, counted, known_mean, known_var, r, d, r_max, d_max, alpha, EPS, SOURCE,
+        near, merged, variance, counted, known_mean, known_var, r, d, r_max, d_max, alpha, EPS, SOURCE,
         LIMITS_IN_MEMORY,
     )  # fmt: skip
     row = G * C

@@ -1,4 +1,4 @@
-"""How the running statistics move, on a GPU: the rules of renorm.tracking in one kernel."""
+"""How the running statistics move, on a GPU: the rules of ops.tracking in one kernel."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import triton.language as tl
 
 from ...moments import Moments
 from ..problem import RunningState, Settings
-from ..tracking import Rule
+from ..tracking import RULES, Rule
 
 _BLOCK = 512
-_RULES = {"std": 0, "var": 1, "total": 2}
+_CODES = {name: code for code, name in enumerate(RULES)}  # std 0, var 1, total 2
 
 
 def move(state: RunningState, moments: Moments, rule: Rule, settings: Settings) -> None:
@@ -18,7 +18,7 @@ def move(state: RunningState, moments: Moments, rule: Rule, settings: Settings) 
     groups, channels = moments.mean.shape
     _move[1,](
         *state, *moments, groups, channels, settings.grouping.channels_per_group, rule.momentum or 0.0, settings.eps,
-        RULE=_RULES[rule.tracking], CUMULATIVE=rule.momentum is None,
+        RULE=_CODES[rule.tracking], CUMULATIVE=rule.momentum is None,
         BLOCK=min(_BLOCK, triton.next_power_of_2(channels)), num_warps=4,
     )  # fmt: skip
 
