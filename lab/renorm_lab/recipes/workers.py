@@ -1,0 +1,80 @@
+"""Workers that each hold a few classes of their own, and average their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+
+from ..data import Dataset
+from ..networks.methods import METHODS, MethodName
+from ..recipe import SMALL, SUMMERS, TINY, Recipe, Scales
+from ..runs import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers(Recipe):
+    """Normalize by the examples of one worker, which are of few classes, while gradients are averaged over all workers.
+
+    Every minibatch has all classes, so that its gradient is that of independent examples. What depends on each other
+    are the statistics: each worker's are those of its own classes. The column of all classes is that of synchronized
+    statistics, the remedy where workers can afford to wait for each other in every layer.
+
+    Args:
+        classes_per_worker: classes that share statistics, a column of the table each; all of them is always one.
+        examples_per_class: examples of each class in a minibatch.
+        group_size: examples that share statistics in batch-group norm.
+        frozen_shares: rows of batch norm that is frozen to its running statistics for this share of the training, at
+            its end (Wu & Johnson 2021).
+        learning_rates: of methods that have one of their own, by name.
+        first_seed: number of the first seed.
+        model: see above; by default resnet8 for all data.
+    """
+
+    name: ClassVar[str] = "workers"
+    title: ClassVar[str] = "Workers that hold their own classes"
+    claim: ClassVar[str] = "batch norm fails at evaluation where every worker holds its own classes; batch renorm does not"
+    source: ClassVar[str] = "Hsieh et al. 2020; Ioffe 2017, 3; beyond both papers"
+    scales: ClassVar[Scales] = {
+        "tiny": TINY | {"classes_per_worker": (1,), "examples_per_class": 4},
+        "small": SMALL | {"image_size": 16, "classes_per_worker": (1, 4), "examples_per_class": 2, "steps": 2_000},
+        "paper": SUMMERS | {"classes_per_worker": (1, 4), "examples_per_class": 4},
+    }
+
+    methods: tuple[MethodName, ...] = (
+        "batch_norm", "batch_renorm_unlimited", "batch_renorm", "batch_renorm_close", "batch_group_norm", "group_norm"
+    )  # fmt: skip
+    model: str | None = "resnet8"
+    steps: PositiveInt = 600
+    lr: PositiveFloat = 0.1
+    classes_per_worker: tuple[PositiveInt, ...] = (1, 2)
+    examples_per_class: PositiveInt = 16
+    group_size: PositiveInt = 2
+    frozen_shares: tuple[PositiveFloat, ...] = (0.1, 0.5)
+    learning_rates: Mapping[MethodName, PositiveFloat] = field(default_factory=dict)
+    first_seed: NonNegativeInt = 0
+
+    def runs(self, dataset: Dataset) -> list[Run]:
+        classes, examples = dataset.num_classes, self.examples_per_class
+        columns = {f"{number} class{'es' * (number > 1)} each": number * examples for number in self.classes_per_worker}
+        columns["synchronized"] = classes * examples
+        rows: list[tuple[MethodName, str, dict[str, Any]]] = [
+            (method, METHODS[method].label, {}) for method in self.methods
+        ]
+        rows += [
+            ("batch_norm", f"batch norm, frozen for the last {share:.0%}", {"frozen_share": share})
+            for share in self.frozen_shares
+        ]
+        return [
+            self.make_run(
+                dataset, method, self.group_size if method == "batch_group_norm" else shared, label=label,
+                regime=regime, seed=seed, batch_size=classes * examples, classes_per_batch=classes,
+                examples_per_class=examples, order="class", measures="like training+training batches",
+                lr=self.learning_rates.get(method, self.lr), **change,
+            )
+            for method, label, change in rows
+            for regime, shared in columns.items()
+            for seed in range(self.first_seed, self.first_seed + self.seeds)
+        ]  # fmt: skip
