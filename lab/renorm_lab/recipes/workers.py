@@ -35,7 +35,9 @@ class Workers(Recipe):
 
     name: ClassVar[str] = "workers"
     title: ClassVar[str] = "Workers that hold their own classes"
-    claim: ClassVar[str] = "batch norm fails at evaluation where every worker holds its own classes; batch renorm does not"
+    claim: ClassVar[str] = (
+        "batch norm fails at evaluation where workers hold classes of their own; batch renorm does not"
+    )
     source: ClassVar[str] = "Hsieh et al. 2020; Ioffe 2017, 3; beyond both papers"
     scales: ClassVar[Scales] = {
         "tiny": TINY | {"classes_per_worker": (1,), "examples_per_class": 4},

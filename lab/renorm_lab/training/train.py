@@ -156,9 +156,7 @@ class Training:
                 rank = self.fabric.global_rank
                 mine = self._share.of(images, rank), self._share.of(labels, rank)
                 frozen = self._step >= run.steps * (1 - run.frozen_share)
-                self._losses.append(
-                    backward(self.fabric, model, loss, *mine, self._share.forward_size, frozen=frozen)
-                )
+                self._losses.append(backward(self.fabric, model, loss, *mine, self._share.forward_size, frozen=frozen))
                 optimizer.step()
                 self._schedule.step()
                 if self._average is not None:
