@@ -14,8 +14,8 @@ from ..runs import Run
 from .variants import VARIANTS
 
 MethodName = Literal[
-    "batch_norm", "batch_renorm", "batch_renorm_close", "batch_renorm_unlimited", "ghost_batch_norm", "batch_group_norm",
-    "batch_group_renorm", "group_norm",
+    "batch_norm", "batch_renorm", "batch_renorm_close", "batch_renorm_unlimited", "ghost_batch_norm",
+    "batch_group_norm", "batch_group_renorm", "group_norm",
 ]  # fmt: skip
 
 

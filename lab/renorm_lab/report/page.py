@@ -117,7 +117,8 @@ def _environment() -> Environment:
 def _section(folder: Folder, out: Path) -> Section:
     run = folder.first
     recipe = RECIPES.get(run.recipe)
-    summary = summarize(folder.results, recipe.score if recipe else "accuracy")
+    shows_training = recipe is not None and recipe.shows_training
+    summary = summarize(folder.results, recipe.score if recipe else "accuracy", shows_training=shows_training)
     pairs = beside(folder)
     return Section(
         name=folder.name,
