@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
@@ -29,8 +28,7 @@ class Workers(Recipe):
         group_size: examples that share statistics in batch-group norm.
         frozen_shares: rows of batch norm that is frozen to its running statistics for this share of the training, at
             its end (Wu & Johnson 2021).
-        learning_rates: of methods that have one of their own, by name.
-        first_seed: number of the first seed.
+        first_seed: number of the first seed; others than a table's are for choosing settings.
         model: see above; by default plain8, in which nothing leads around the normalization layers.
     """
 
@@ -58,7 +56,6 @@ class Workers(Recipe):
     examples_per_class: PositiveInt = 4
     group_size: PositiveInt = 2
     frozen_shares: tuple[PositiveFloat, ...] = (0.1, 0.5)
-    learning_rates: Mapping[MethodName, PositiveFloat] = field(default_factory=dict)
     first_seed: NonNegativeInt = 0
 
     def runs(self, dataset: Dataset) -> list[Run]:
@@ -77,7 +74,7 @@ class Workers(Recipe):
                 dataset, method, self.group_size if method == "batch_group_norm" else shared, label=label,
                 regime=regime, seed=seed, batch_size=classes * examples, classes_per_batch=classes,
                 examples_per_class=examples, order="class", measures="like training+training batches",
-                lr=self.learning_rates.get(method, self.lr), **change,
+                **change,
             )
             for method, label, change in rows
             for regime, shared in columns.items()
