@@ -220,7 +220,7 @@ Case<T> draw(std::mt19937& random, bool large) {
   const int64_t examples = 1 + below(large ? 12 : 9), positions = 1 + below(large ? 5000 / channels : 40);
   const int64_t sizes[] = {examples, 1, 2, 3};
   c.shape = {examples, channels, positions, below(2) == 1, sizes[below(4)], k};
-  c.act = Act(below(kActs));
+  c.act = Act(below(renorm::kActs));
   c.source = below(2) ? Source::renorm : Source::batch;
   const int64_t size = examples * channels * positions;
   c.x = numbers(size, 3, 6);

@@ -126,7 +126,7 @@ def carry_out_until(recipe: NonIid, point: str) -> None:
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_run_goes_on_to_the_same_end(recipe: NonIid, whole: Path, point: str):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning.fabric", __name__])
+    context.set_forkserver_preload(["lightning.fabric", training.__name__])
     process = context.Process(target=carry_out_until, args=(recipe, point))
     process.start()
     process.join(120)
