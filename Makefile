@@ -16,8 +16,9 @@ $(VENV)/.ready: pyproject.toml lab/pyproject.toml constraints.txt setup.py $(wil
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]" -e ./lab
 	touch $@
 
-demo: setup ## both experiments on digits, three seeds
-	$(BIN)/renorm run noniid --out $(OUT)/noniid-digits
+demo: setup ## two experiments on digits, three seeds: what batch norm does to workers with classes of their own, and to few examples
+	$(BIN)/renorm run workers --methods '[batch_norm, batch_renorm_unlimited, group_norm]' --classes-per-worker '[1]' \
+		--frozen-shares '[0.5]' --out $(OUT)/workers-digits
 	$(BIN)/renorm run microbatch --out $(OUT)/microbatch-digits
 
 test: setup

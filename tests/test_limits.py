@@ -59,6 +59,36 @@ def test_a_ramp_of_no_length_is_a_switch() -> None:
     assert at(limits, 100_000) == (3.0, 5.0)
 
 
+def test_a_ramp_to_no_limit_is_that_of_the_reciprocal() -> None:
+    limits = Limits.over(1_300, math.inf, math.inf)  # start 50, r_end 400, d_end 250
+    assert at(limits, 49) == at(limits, 50) == (1.0, 0.0)
+    assert at(limits, 225) == pytest.approx((1 / (1 - 0.5), 0.875 / (1 - 0.875)))
+    assert at(limits, 250)[1] == math.inf
+    assert at(limits, 399)[0] == pytest.approx(350)
+    assert at(limits, 400) == at(limits, 10**9) == (math.inf, math.inf)
+    for step in (0, 50, 225, 399, 400):  # on a GPU and compiled they are tensors
+        ramps = zip(((1.0, math.inf, 400), (0.0, math.inf, 250)), limits.at(step), strict=True)
+        for ramp, expected in ramps:
+            assert float(limits._ramp(torch.tensor(float(step)), *ramp)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("limits", [Limits.constant(math.inf, math.inf), Limits.over(10, math.inf, math.inf)], ids=str)
+@pytest.mark.parametrize("channels_per_group", [1, 2])
+@pytest.mark.usefixtures("each_backend")
+def test_without_limits_training_computes_what_evaluation_does(limits: Limits, channels_per_group: int) -> None:
+    layer = BatchRenorm1d(4, limits=limits, examples_per_group=2, channels_per_group=channels_per_group, momentum=0.3)
+    for _ in range(10):
+        layer(torch.randn(8, 4, 5) * 3 + torch.arange(4)[:, None])
+    x = torch.randn(8, 4, 5) * 50 - 20
+    x[:2] = 7.0  # groups without a spread
+    expected = layer.eval()(x)
+    y = layer.train()(x.requires_grad_())
+    assert y.isfinite().all()
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    assert gradient.isfinite().all()
+
+
 def test_limits_may_be_infinite_without_a_ramp() -> None:
     assert at(Limits.constant(math.inf, math.inf), 0) == (math.inf, math.inf)
     assert at(Limits(math.inf, math.inf, start=5, r_end=5, d_end=5), 4) == (1.0, 0.0)

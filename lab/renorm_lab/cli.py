@@ -18,7 +18,7 @@ from .inspect_command import inspect_model
 from .jobs.job import carry_out
 from .recipe import Scale
 from .recipes import RECIPES
-from .report import report
+from .report.page import report
 from .store import read_settings
 
 _INTERRUPTED = 130  # what shells expect after Ctrl-C

@@ -14,6 +14,7 @@ from .data import Dataset, load_dataset
 from .data.load import dataset_name
 from .errors import LabError
 from .networks.methods import METHODS, MethodName
+from .report.summary import Summary
 from .runs import Decay, Precision, Run
 
 Scale = Literal["tiny", "small", "paper"]
@@ -84,6 +85,7 @@ class Recipe(ABC):
     claim: ClassVar[str]
     source: ClassVar[str]
     score: ClassVar[str] = "accuracy"
+    shows_training: ClassVar[bool] = False  # in a column; its runs must measure "training batches"
     scales: ClassVar[Scales]
 
     scale: Scale | None = None
@@ -128,6 +130,17 @@ class Recipe(ABC):
         Returns:
             The runs, each with a regime, method and seed of its own.
         """
+
+    def conclusion(self, summary: Summary) -> str:
+        """What the figures say, in a sentence.
+
+        Args:
+            summary: of the results.
+
+        Returns:
+            The sentence; empty for none.
+        """
+        return ""
 
     def load(self) -> Dataset:
         """What is trained on.

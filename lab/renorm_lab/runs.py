@@ -51,6 +51,8 @@ class Run:
         weight_decay: of all that is decayed.
         norm_decay: whether gamma and beta are decayed too: "all", "none", "auto" (where no norm layer follows), or
             "one" (all of them, gamma toward 1).
+        frozen_share: share of the training, at its end, in which layers normalize by their running statistics, which no
+            longer move.
         average: decay of the exponential moving average of weights and statistics that is evaluated; 0 for none.
         objective: "classification", or "metric": embeddings that lie close for examples of one class.
         pretraining_steps: steps of plain batch norm on the data set's other classes before the training.
@@ -91,6 +93,7 @@ class Run:
     schedule: str = "cosine"
     weight_decay: float = 0.0
     norm_decay: Decay = "all"
+    frozen_share: float = 0.0
     average: float = 0.0
     objective: str = "classification"
     pretraining_steps: int = 0

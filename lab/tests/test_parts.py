@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
@@ -14,7 +17,7 @@ from renorm_lab.cli import main
 from renorm_lab.data import load_dataset
 from renorm_lab.jobs.progress_bar import RunProgress
 from renorm_lab.networks.models import build_model, resnet
-from renorm_lab.report.summary import markdown_table, summarize
+from renorm_lab.report.summary import markdown_table, summarize, terminal_table
 from renorm_lab.runs import Result, Run
 from renorm_lab.training.evaluation import best_alpha, evaluate, set_example_weight
 from renorm_lab.training.ranks import make_fabric
@@ -56,6 +59,24 @@ def test_table_has_means_and_deviations_of_known_rows():
 
 def test_single_seed_has_no_deviation():
     assert "| batch norm | 40.0 | 60.0 |" in markdown_table(summarize({run(): result(0.4, 0.6)}))
+
+
+@pytest.mark.parametrize("regimes", [1, 4])
+def test_a_table_fits_a_terminal_of_80_columns_with_every_number(regimes: int):
+    trained = (("training-mode training accuracy", 1.0),)
+    results = {
+        run(regime=f"n = {size}", method=method): replace(result(0.1 * size, 0.9), measures=trained)
+        for size in range(1, regimes + 1)
+        for method in ("batch norm", "batch-group norm + limits")
+    }
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(terminal_table(summarize(results, shows_training=True), "Title"))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    for size in range(1, regimes + 1):
+        assert f"{10 * size}.0" in text
+    assert text.count("90.0") == 2 * regimes
+    assert "…" not in text
 
 
 def test_evaluation_leaves_the_model_as_it_was():

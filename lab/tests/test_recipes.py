@@ -356,3 +356,25 @@ def test_a_reader_that_has_seen_enough_is_no_error_to_tell_of():
     process.stdout = None
     assert process.communicate(timeout=60)[1] == b""
     assert process.returncode == 1
+
+
+def test_workers_hold_their_own_classes_and_average_over_all(images: Dataset):
+    recipe = RECIPES["workers"](seeds=1, classes_per_worker=(4,), examples_per_class=2)
+    regimes = {run.regime: run for run in recipe.runs(images) if run.method == "batch norm"}
+    _, labels = next(batches(regimes["4 classes each"], images))
+    assert labels.bincount().tolist() == [2] * 100  # the gradient is that of all classes
+    assert all(len(group.unique()) == 4 for group in labels.split(regimes["4 classes each"].examples_per_group))
+    assert regimes["synchronized"].examples_per_group == 200
+
+
+def test_workers_say_in_words_what_their_figures_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--scale", "tiny", "--methods", "[batch_norm, batch_renorm_unlimited]", "--frozen-shares", "[]"]
+    assert main(["run", "workers", *options, "--workers", "1", "--logger", "none", "--out", str(tmp_path)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    with (tmp_path / "results.csv").open() as file:
+        rows = {row["method"]: row for row in csv.DictReader(file) if row["regime"] == "1 class each"}
+    off, on = (100 * float(rows["batch norm"][f"test_accuracy_{switch}"]) for switch in ("off", "on"))
+    remedy = 100 * float(rows["batch renorm, no limits"]["test_accuracy_off"])
+    assert "Trained where every worker sees 1 class, batch norm is right" in said
+    assert f"in training and {off:.0f}% at evaluation, batch renorm without limits {remedy:.0f}%" in said
+    assert said.endswith(f"weighing the trained batch-norm network, {on:.0f}%. Everything is in {tmp_path}")

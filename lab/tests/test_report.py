@@ -23,13 +23,13 @@ from renorm_lab.errors import LabError
 from renorm_lab.recipes import RECIPES
 from renorm_lab.recipes.decay import WeightDecay
 from renorm_lab.recipes.noniid_classes import NonIidClasses
-from renorm_lab.report import report
 from renorm_lab.report.claims import CLAIMS, NUMBERS
 from renorm_lab.report.compare import Verdict, beside, compare, judge
 from renorm_lab.report.documents import renewed
 from renorm_lab.report.folders import Folder, read_folder
 from renorm_lab.report.intervals import Difference, difference
 from renorm_lab.report.kinds import Claim
+from renorm_lab.report.page import report
 from renorm_lab.runs import Result, Run
 
 from .conftest import at_scale
@@ -39,7 +39,7 @@ COMMITTED = (
     "noniid-digits", "noniid-digits-lr0.02", "microbatch-digits", "noniid-cifar100", "microbatch-cifar100",
     "noniid-classes-cifar100", "smallbatch-cifar100", "weigh-cifar100", "ghost-cifar100", "decay-cifar100",
     "noniid-cifar100-16", "smallbatch-cifar100-16", "allfour-cifar100", "metric-omniglot",
-    "metric-omniglot-close", "combination-cifar100",
+    "metric-omniglot-close", "combination-cifar100", "workers-digits", "workers-digits-resnet8",
 )  # fmt: skip
 
 RUN = {

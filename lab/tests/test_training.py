@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -141,3 +142,12 @@ def test_each_training_has_a_run_of_its_own_in_wandb(short: NonIid, monkeypatch:
     monkeypatch.setattr(loggers, "_make_logger", lambda recipe, run, step: logger)
     job.carry_out(replace(short, logger="wandb"), "")
     assert calls == ["finalized as success", "finished with 0"] * 2
+
+
+def test_frozen_layers_normalize_by_their_running_statistics_which_stay():
+    fabric, images, labels = make_fabric("cpu"), torch.randn(24, 1, 8, 8), torch.arange(24) % 3
+    network = mlp(64, 3, partial(renorm.Norm, examples_per_group=4))
+    before = [buffer.clone() for buffer in network.buffers()]
+    loss = backward(fabric, fabric.setup(network), F.cross_entropy, images, labels, 24, frozen=True)
+    assert all(map(torch.equal, before, network.buffers()))
+    torch.testing.assert_close(loss, F.cross_entropy(network.eval()(images), labels))

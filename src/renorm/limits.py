@@ -27,9 +27,15 @@ class Limits:
     `r_end` and d_max until step `d_end`. The defaults are the paper's, for a training of 130,000 steps:
     for another length use `Limits.over(total_steps)`, or a short training never leaves plain batch norm.
 
+    A limit may be infinite: then training and evaluation compute the same function once its ramp is over, and nothing
+    of the batch leaks through what is clipped. Its ramp is 1 / (1 - share) for r_max and share / (1 - share) for d_max,
+    where share is that of the ramp's steps which are done. Running statistics must mean something by then, which is
+    what the plain phase until `start` is for: a fresh layer's are 0 and 1, and unlimited correction towards them is no
+    normalization at all.
+
     Args:
-        r_max: r stays within [1 / r_max, r_max]; at least 1. Infinite only without a ramp.
-        d_max: d stays within [-d_max, d_max]; at least 0. Infinite only without a ramp.
+        r_max: r stays within [1 / r_max, r_max]; at least 1, and may be infinite.
+        d_max: d stays within [-d_max, d_max]; at least 0, and may be infinite.
         start: step at which the ramps leave 1 and 0, or at which a switch is on; counted by `num_batches_tracked`.
         r_end: step at which r_max is reached; `start` makes it a switch.
         d_end: step at which d_max is reached; `start` makes it a switch.
@@ -58,11 +64,9 @@ class Limits:
         check_limits(self.r_max, self.d_max)
         if self.start < 0:
             raise ValueError(f"start must be a step of at least 0, got {self.start}")
-        for name, end, limit in (("r_end", self.r_end, self.r_max), ("d_end", self.d_end, self.d_max)):
+        for name, end in (("r_end", self.r_end), ("d_end", self.d_end)):
             if end < self.start:
                 raise ValueError(f"{name} must not come before start={self.start}, got {end}")
-            if end > self.start and math.isinf(limit):
-                raise ValueError(f"an infinite limit cannot be ramped: {name} must equal start={self.start}, got {end}")
 
     @classmethod
     def constant(cls, r_max: float = 3.0, d_max: float = 5.0) -> Self:
@@ -88,8 +92,8 @@ class Limits:
         Args:
             total_steps: number of training steps, at least 1. Limits count the updates of their own layer: a network
                 that takes part in every third step has a third of them.
-            r_max: limit of r at the end, at least 1.
-            d_max: limit of d at the end, at least 0.
+            r_max: limit of r at the end, at least 1; infinite for none.
+            d_max: limit of d at the end, at least 0; infinite for none.
 
         Returns:
             Limits that start at 1/26 of the training, after a step at least, and end at 8/26 (r) and 5/26 (d).
@@ -150,17 +154,21 @@ class Limits:
         Example:
             >>> Limits.over(1_300).at(225)
             (2.0, 4.375)
+            >>> Limits.over(1_300, math.inf, math.inf).at(225)
+            (2.0, 7.0)
         """
+        return self._at(step, 1.0, self.r_max, self.r_end), self._at(step, 0.0, self.d_max, self.d_end)
+
+    def _at(self, step: int, low: float, high: float, end: int) -> float:
         if step < self.start:
-            return 1.0, 0.0
-        r_share = 1.0 if step >= self.r_end else (step - self.start) / (self.r_end - self.start)
-        d_share = 1.0 if step >= self.d_end else (step - self.start) / (self.d_end - self.start)
-        # a share of 1 would turn an infinite limit into a number that is none
-        r_max = self.r_max if r_share == 1 else 1 + (self.r_max - 1) * r_share
-        d_max = self.d_max if d_share == 1 else self.d_max * d_share
-        return r_max, d_max
+            return low
+        if step >= end:
+            return high
+        share = (step - self.start) / (end - self.start)
+        return low + share / (1 - share) if math.isinf(high) else low + (high - low) * share
 
     def _ramp(self, step: Tensor, low: float, high: float, end: int) -> Tensor:
         if end == self.start:
             return torch.full_like(step, high).where(step >= end, low)
-        return low + (high - low) * ((step - self.start) / (end - self.start)).clamp(0, 1)
+        share = ((step - self.start) / (end - self.start)).clamp(0, 1)
+        return low + share / (1 - share) if math.isinf(high) else low + (high - low) * share

@@ -25,6 +25,7 @@ def mode(gap: tuple[float, float, float], metric: str = "accuracy", composition:
     return ModeReport(metric, metric == "accuracy", score, score, None, Interval(*gap), shared)
 
 
+NO_LIMITS = "renorm.Limits.over(total_steps, math.inf, math.inf)"
 NOTHING = "nothing much is to be gained at evaluation"
 
 
@@ -46,7 +47,23 @@ def test_of_healthy_layers_it_says_that_nothing_is_to_be_gained(modes: list[Mode
         ({"between_within": 12.3}, "between_within", ["12.3 times", "dependent=True"]),
         ({"d_size": (0.5, 1.7)}, "d_size_95", ["up to 1.70", "renorm.weigh"]),
         ({"r": (0.4, 1.0, 1.2)}, "r", ["0.40 to 1.20", "renorm.weigh"]),
-        ({"clipped_d": 0.12, "corrected": True}, "clipped", ["clip 0.0% of r and 12.0% of d", "wider limits"]),
+        (
+            {"clipped_d": 0.12, "corrected": True},
+            "clipped",
+            ["clip 0.0% of r and 12.0% of d", "leaks into training", "wider limits or none", NO_LIMITS],
+        ),
+        (
+            {"clipped_r": 0.3, "clipped_d": 0.12, "gap": 0.27, "corrected": True},
+            "gap",
+            [
+                "training and evaluation differ through clipping",
+                "clip 30.0% of r and 12.0% of d",
+                "differ by 0.27",
+                "wider limits or none",
+                NO_LIMITS,
+                "renorm.Limits.constant(math.inf, math.inf)",
+            ],
+        ),
         ({"range_evaluation": 50.0}, "range_evaluation", ["reach 50.0", "22.6", "m = 512", "renorm.weigh"]),
         ({"dead": 3, "nearly_dead": 2}, "dead", ["3 of 64 channels are dead", "2 nearly", "pruned"]),
         ({"elements": 2.0}, "elements", ["2 elements have hardly any statistics", "renorm.BatchGroupNorm"]),
@@ -63,7 +80,15 @@ def test_each_trouble_is_named_with_layer_number_and_remedy(
     assert all(words in str(finding) for words in said), str(finding)
 
 
-@pytest.mark.parametrize("change", [{"d_size": (0.5, 1.7)}, {"r": (0.4, 1.0, 1.2)}, {"range_evaluation": 50.0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"d_size": (0.5, 1.7)},
+        {"r": (0.4, 1.0, 1.2)},
+        {"range_evaluation": 50.0},
+        {"gap": 0.27, "corrected": True},
+    ],
+)
 @pytest.mark.parametrize(
     ("gap", "told"),
     [
@@ -106,8 +131,36 @@ def test_what_limits_leave_uncorrected_is_trouble(change: dict[str, Any], said: 
 
 
 def test_nobody_is_told_that_limits_clip_who_has_none() -> None:
-    (finding,) = find([replace(HEALTHY, clipped_r=0.5)], [])
+    (finding,) = find([replace(HEALTHY, clipped_r=0.5, gap=0.9)], [])
     assert NOTHING in str(finding)
+
+
+@pytest.mark.parametrize(("loss", "measure"), [(0.2, "gap"), (-0.2, "clipped")])
+def test_clipping_is_told_once_and_as_the_cause_of_a_loss_where_there_is_one(loss: float, measure: str) -> None:
+    clipped = replace(HEALTHY, corrected=True, clipped_r=0.3, gap=0.2)
+    layers = [clipped, replace(clipped, name="worst", clipped_r=0.4, gap=0.4)]
+    _, finding = find(layers, [mode((loss, loss - 0.1, loss + 0.1))])
+    assert (finding.layer, finding.measure) == ("worst", measure)
+    assert "and 1 of 2 layers more" in str(finding)
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.08])  # the latter of independent examples, by 4, within 1.5 and 0.5
+def test_a_small_difference_through_clipping_is_none(gap: float) -> None:
+    findings = find([replace(HEALTHY, corrected=True, clipped_r=0.04, gap=gap)], [mode((0.2, 0.1, 0.3))])
+    assert [finding.layer for finding in findings] == [None]
+
+
+def test_limits_that_are_infinite_are_none() -> None:
+    layer = replace(HEALTHY, corrected=True, r_max=math.inf, d_max=math.inf, between_within=9.0, range_evaluation=50.0)
+    (finding,) = find([layer], [])
+    assert str(finding).endswith("batches are dependent; the layer corrects for it without limits")
+
+
+def test_values_reach_as_far_in_training_as_limits_let_them() -> None:
+    layer = replace(HEALTHY, corrected=True, r_max=1.5, d_max=0.5, range_evaluation=34.0)  # of 1.5 * 22.6 + 0.5
+    assert NOTHING in str(find([layer], [])[0])
+    (finding,) = find([replace(layer, range_evaluation=35.0)], [])
+    assert "cannot exceed 34.4 in training (sqrt(m - 1) for m = 512, within limits of 1.5 and 0.5)" in str(finding)
 
 
 def test_a_loss_of_training_mode_that_shuffling_mends_is_laid_to_dependence() -> None:
@@ -158,6 +211,7 @@ def test_one_finding_tells_of_the_worst_layer_and_counts_the_others() -> None:
         (mode((-0.21, -0.23, -0.19)), ["training mode loses 21.0 points", "see renorm.recommend(batch_size="]),
         (mode((0.01, -0.01, 0.03)), ["do not differ for sure"]),
         (mode((0.001, 0.0005, 0.002)), ["do not differ for sure"]),
+        (mode((5e-9, 3e-9, 7e-9), "cross_entropy"), ["do not differ for sure"]),  # rounding
         (mode((0.4, 0.3, 0.5), "cross_entropy"), ["evaluation loses 0.4 of cross-entropy", "try renorm.weigh"]),
     ],
 )
@@ -205,4 +259,11 @@ def test_scores_that_are_not_finite_are_no_advice(gap: tuple[float, float, float
 def test_what_is_read_from_the_batch_s_composition_is_told() -> None:
     findings = find([], [mode((0.2, 0.1, 0.3), composition=0.3)])
     assert "30.0 points of accuracy better on batches as they come" in str(findings[1])
+    assert str(findings[1]).endswith("train with renorm.BatchRenorm, or on batches that are more mixed")
     assert len(find([], [mode((0.2, 0.1, 0.3), composition=0.005)])) == 1
+
+
+def test_who_trains_with_batch_renorm_is_told_to_let_it_correct_more() -> None:
+    findings = find([replace(HEALTHY, corrected=True)], [mode((0.2, 0.1, 0.3), composition=0.3)])
+    assert NO_LIMITS in str(findings[1])
+    assert "renorm.BatchRenorm" not in str(findings[1])

@@ -91,6 +91,22 @@ def test_corrections_and_ranges_are_those_of_the_first_layer_s_input(make: Calla
     assert found.batches == len(elements) // len(mu)
 
 
+@every_layer
+def test_the_gap_is_what_the_first_layer_s_output_differs_by_in_both_modes(make: Callable[[int], nn.Module]) -> None:
+    model = network(make)
+    layer: Any = model[1]
+    layer.example_weight = 0.0
+    data = batches((6, 6, 6))
+    squares = []
+    with torch.no_grad():
+        for x, _ in data:
+            y = model[0](x)
+            trained, evaluated = copy.deepcopy(layer).train()(y), copy.deepcopy(layer).eval()(y)
+            squares.append((trained - evaluated).square().mean())
+    found = renorm.inspect(model, data).layers[0]
+    assert found.gap == pytest.approx(float(torch.stack(squares).mean().sqrt()), rel=1e-4)
+
+
 def quantiles(values: Any, *at: float) -> tuple[float, ...]:
     ordered = sorted(values)
     return tuple(ordered[round(q * (len(ordered) - 1))] for q in at)

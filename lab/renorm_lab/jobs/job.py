@@ -138,11 +138,14 @@ def _in_order(results: Results, runs: list[Run]) -> Results:
 
 
 def _report(recipe: Recipe, results: Results) -> None:
-    summary = summarize(results, recipe.score)
+    summary = summarize(results, recipe.score, shows_training=recipe.shows_training)
     title = f"{recipe.title}: {next(iter(results)).model} on {recipe.data}"
     save_text(recipe.folder / "table.md", f"# {title}\n\n{markdown_table(summary)}")
     plot_bars(recipe.folder / "bars.png", summary, title)
     plot_curves(recipe.folder / "curves.png", results, summary, title)
     console = Console()
     console.print(terminal_table(summary, title))
+    conclusion = recipe.conclusion(summary)
+    if conclusion:
+        console.print(conclusion)
     console.print(f"Everything is in {recipe.folder}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,8 +14,8 @@ from ..runs import Run
 from .variants import VARIANTS
 
 MethodName = Literal[
-    "batch_norm", "batch_renorm", "batch_renorm_close", "ghost_batch_norm", "batch_group_norm", "batch_group_renorm",
-    "group_norm",
+    "batch_norm", "batch_renorm", "batch_renorm_close", "batch_renorm_unlimited", "ghost_batch_norm",
+    "batch_group_norm", "batch_group_renorm", "group_norm",
 ]  # fmt: skip
 
 
@@ -45,6 +46,7 @@ METHODS: dict[MethodName, Method] = {
     "batch_norm": Method("batch norm", "var"),
     "batch_renorm": Method("batch renorm", "std", limits=True),
     "batch_renorm_close": Method("batch renorm, r to 1.5, d to 0.5", "std", limits=True, r_max=1.5, d_max=0.5),
+    "batch_renorm_unlimited": Method("batch renorm, no limits", "std", limits=True, r_max=math.inf, d_max=math.inf),
     "ghost_batch_norm": Method("ghost batch norm", "total"),
     "batch_group_norm": Method("batch-group norm", "total", channels_per_group=8),
     "batch_group_renorm": Method("batch-group norm + limits", "total", limits=True, channels_per_group=8),
@@ -64,7 +66,7 @@ def rows(method: MethodName, ghost_sizes: Iterable[int], group_size: int) -> lis
         Label and examples that share statistics of each row; None for what the method itself says.
     """
     label = METHODS[method].label
-    if method in ("batch_norm", "batch_renorm", "batch_renorm_close", "group_norm"):
+    if (METHODS[method].channels_per_group == 1 and method != "ghost_batch_norm") or method == "group_norm":
         return [(label, None)]
     sizes = ghost_sizes if method == "ghost_batch_norm" else (group_size,)
     return [(f"{label}, n = {size}", size) for size in sizes]

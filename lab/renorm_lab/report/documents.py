@@ -16,7 +16,7 @@ from ..store import save_text
 from .compare import compare
 from .folders import read_folder
 from .losses import loss_table
-from .summary import markdown_lines, summarize
+from .summary import markdown_lines
 from .tables import TextTable, claim_table
 
 _BLOCK = re.compile(
@@ -43,7 +43,7 @@ def renewed(page: str, results: Path) -> str:
 def _table(block: re.Match[str], results: Path) -> str:
     folders = [read_folder(results / name) for name in block["names"].split()]
     if block["kind"] != "claims":
-        summary = summarize(folders[0].results)
+        summary = folders[0].summary
         table = loss_table(summary) if block["kind"] == "losses" else TextTable(summary.header, summary.rows)
         return markdown_lines(table.header, table.rows)
     claims = claim_table([comparison for folder in folders for comparison in compare(folder)])

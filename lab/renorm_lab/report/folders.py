@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LabError
+from ..recipes import RECIPES
 from ..results import Results, read_results
 from ..runs import Run
 from ..store import read_settings
+from .summary import Summary, summarize
 
 _SETTINGS = ("settings.json", "config.yaml", "provenance.json")  # the first is of renorm 0.1
 
@@ -41,6 +43,14 @@ class Folder:
     def first(self) -> Run:
         """The run whose recipe, data and model are everybody's."""
         return next(iter(self.results))
+
+    @property
+    def summary(self) -> Summary:
+        """The table, as its recipe shows it."""
+        recipe = RECIPES.get(self.first.recipe)
+        if recipe is None:
+            return summarize(self.results)
+        return summarize(self.results, recipe.score, shows_training=recipe.shows_training)
 
 
 def read_folder(path: Path) -> Folder:

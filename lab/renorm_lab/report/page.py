@@ -19,7 +19,7 @@ from .compare import LEVEL, Beside, beside, compare
 from .folders import Folder, read_folder
 from .losses import loss_table
 from .pictures import Picture, pictures
-from .summary import markdown_lines, summarize
+from .summary import markdown_lines
 from .tables import NEAR, TextTable, beside_table, claim_table, comparison_table, disagreements, measure_table, tally
 
 
@@ -117,7 +117,7 @@ def _environment() -> Environment:
 def _section(folder: Folder, out: Path) -> Section:
     run = folder.first
     recipe = RECIPES.get(run.recipe)
-    summary = summarize(folder.results, recipe.score if recipe else "accuracy")
+    summary = folder.summary
     pairs = beside(folder)
     return Section(
         name=folder.name,

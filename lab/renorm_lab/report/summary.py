@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from ..results import Results
@@ -47,6 +48,7 @@ class Summary:
         off: test score without example weighing, by method and regime; what is not finished is missing.
         on: the same with example weighing.
         score: what is measured, in percent.
+        trained: training score in the mode of the training, where the recipe shows it.
     """
 
     methods: Sequence[str]
@@ -54,6 +56,7 @@ class Summary:
     off: dict[tuple[str, str], Cell]
     on: dict[tuple[str, str], Cell]
     score: str = "accuracy"
+    trained: dict[tuple[str, str], Cell] = field(default_factory=dict)
 
     @property
     def seeds(self) -> str:
@@ -66,14 +69,29 @@ class Summary:
     @property
     def caption(self) -> str:
         """What the numbers are."""
-        what = self.seeds if self.seeds == "1 seed" else f"mean ± standard deviation over {self.seeds}"
-        switches = "off, on: without and with example weighing (alpha chosen on validation)"
-        return f"Test {self.score} in %, {what}. {switches}."
+        return (
+            f"{self._what}. off, on: without and with example weighing (alpha chosen on validation){self._of_training}."
+        )
+
+    @property
+    def terminal_caption(self) -> str:
+        """The same where both stand in one cell."""
+        weighed = "with example weighing (alpha chosen on validation), where that is another"
+        return f"{self._what}; [weighed]: {weighed}{self._of_training}."
+
+    @property
+    def _what(self) -> str:
+        seeds = self.seeds if self.seeds == "1 seed" else f"mean ± standard deviation over {self.seeds}"
+        return f"Test {self.score} in %, {seeds}"
+
+    @property
+    def _of_training(self) -> str:
+        return "; trained: training examples, as the network was trained" if self.trained else ""
 
     @property
     def header(self) -> list[str]:
         """Names of the columns."""
-        return ["method", *(f"{regime}, {switch}" for regime in self.regimes for switch in ("off", "on"))]
+        return ["method", *(f"{regime}, {name}" for regime in self.regimes for name in self._columns)]
 
     @property
     def rows(self) -> list[list[str]]:
@@ -82,28 +100,39 @@ class Summary:
 
     def _row(self, method: str) -> Iterable[str]:
         for regime in self.regimes:
-            for cells in (self.off, self.on):
+            for cells in self._columns.values():
                 yield str(cells.get((method, regime), _UNFINISHED))
 
+    @property
+    def _columns(self) -> dict[str, dict[tuple[str, str], Cell]]:
+        """What there is for each regime."""
+        trained = {"trained": self.trained} if self.trained else {}
+        return trained | {"off": self.off, "on": self.on}
 
-def summarize(results: Results, score: str = "accuracy") -> Summary:
+
+def summarize(results: Results, score: str = "accuracy", *, shows_training: bool = False) -> Summary:
     """Gather the seeds of each method and regime.
 
     Args:
         results: result of each run, in the order of the table.
         score: what is measured.
+        shows_training: whether there is a column of what the network does in training.
 
     Returns:
         The summary.
     """
     off: dict[tuple[str, str], Cell] = {}
     on: dict[tuple[str, str], Cell] = {}
+    trained: dict[tuple[str, str], Cell] = {}
     for run, result in results.items():
         place = run.method, run.regime
         off[place] = _with(off.get(place), result.test_accuracy_off)
         on[place] = _with(on.get(place), result.test_accuracy_on)
+        if shows_training:
+            measure = "training accuracy" if run.frozen_share else "training-mode training accuracy"
+            trained[place] = _with(trained.get(place), dict(result.measures)[measure])
     methods, regimes = (list(dict.fromkeys(names)) for names in zip(*off, strict=True))
-    return Summary(methods, regimes, off, on, score)
+    return Summary(methods, regimes, off, on, score, trained)
 
 
 def _with(cell: Cell | None, accuracy: float) -> Cell:
@@ -139,7 +168,7 @@ def markdown_lines(header: Sequence[str], rows: Iterable[Sequence[str]], *, numb
 
 
 def terminal_table(summary: Summary, title: str) -> RichTable:
-    """The table for a terminal.
+    """The table for a terminal of 80 columns: what a method does in a regime stands in one cell.
 
     Args:
         summary: what to show.
@@ -148,10 +177,20 @@ def terminal_table(summary: Summary, title: str) -> RichTable:
     Returns:
         A table that rich prints.
     """
-    table = RichTable(title=title, caption=summary.caption)
+    what = f"{'trained / ' * bool(summary.trained)}test [weighed]"
+    table = RichTable(title=title, caption=escape(summary.terminal_caption))
     table.add_column("method", min_width=len("batch-group"))
-    for heading in summary.header[1:]:
-        table.add_column(heading.replace(", ", "\n"), justify="right")
-    for row in summary.rows:
-        table.add_row(*(cell.replace("± ", "±") for cell in row))  # in a narrow terminal lines break before the sign
+    for regime in summary.regimes:
+        table.add_column(escape(f"{regime}\n{what}"), justify="right")
+    for method in summary.methods:
+        table.add_row(method, *(_cell(summary, (method, regime)) for regime in summary.regimes))
     return table
+
+
+def _cell(summary: Summary, place: tuple[str, str]) -> str:
+    off, on, trained = (cells.get(place) for cells in (summary.off, summary.on, summary.trained))
+    if off is None or on is None:
+        return _UNFINISHED
+    before = f"{trained.mean:.0f} / " if trained else ""
+    weighed = f" [{on.mean:.1f}]" if f"{on.mean:.1f}" != f"{off.mean:.1f}" else ""
+    return escape(before + str(off).replace("± ", "±") + weighed)

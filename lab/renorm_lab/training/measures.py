@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from itertools import islice
 
 from torch import nn
@@ -73,6 +73,16 @@ def training_batches(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, 
     return found
 
 
+def like_training(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, float]:
+    """Test accuracy where the network normalizes by minibatches drawn as those of the training, and at evaluation."""
+    drawn = batches(replace(run, augment=False, seed=run.seed + 1_000), replace(dataset, train=dataset.test))
+    seen = list(islice(drawn, min(run.steps, _RANGE_BATCHES)))
+    with _evaluating(model, by_batches=True):
+        found = {"test accuracy in training mode": score(model, run, seen).accuracy}
+    with _evaluating(model):
+        return found | {"the same examples at evaluation": score(model, run, seen).accuracy}
+
+
 def weighing(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, float]:
     """Accuracy and loss on the test part by example weight, and what `renorm.weigh` chooses on the validation part.
 
@@ -136,6 +146,7 @@ def estimates(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, float]:
 MEASURES: dict[str, Measure] = {
     "training mode": training_mode,
     "training batches": training_batches,
+    "like training": like_training,
     "weighing": weighing,
     "ranges": ranges,
     "estimates": estimates,

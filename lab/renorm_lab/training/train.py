@@ -155,7 +155,8 @@ class Training:
                 optimizer.zero_grad()
                 rank = self.fabric.global_rank
                 mine = self._share.of(images, rank), self._share.of(labels, rank)
-                self._losses.append(backward(self.fabric, model, loss, *mine, self._share.forward_size))
+                frozen = self._step >= run.steps * (1 - run.frozen_share)
+                self._losses.append(backward(self.fabric, model, loss, *mine, self._share.forward_size, frozen=frozen))
                 optimizer.step()
                 self._schedule.step()
                 if self._average is not None:
@@ -217,7 +218,16 @@ class Training:
         set_random_states(state["random"], device)
 
 
-def backward(fabric: Fabric, model: Any, loss: Loss, images: Tensor, labels: Tensor, forward_size: int) -> Tensor:
+def backward(
+    fabric: Fabric,
+    model: Any,
+    loss: Loss,
+    images: Tensor,
+    labels: Tensor,
+    forward_size: int,
+    *,
+    frozen: bool = False,
+) -> Tensor:
     """One gradient of a minibatch, from one or several forwards, and one move of the running statistics.
 
     Args:
@@ -227,13 +237,14 @@ def backward(fabric: Fabric, model: Any, loss: Loss, images: Tensor, labels: Ten
         images: (N, C, H, W).
         labels: (N,).
         forward_size: examples in a forward.
+        frozen: whether layers normalize by their running statistics, which stay.
 
     Returns:
         Mean loss, 0-d.
     """
     total = torch.zeros((), device=labels.device)
     parts = list(zip(images.split(forward_size), labels.split(forward_size), strict=True))
-    with renorm.accumulate(model):
+    with renorm.freeze(model, statistics="running") if frozen else renorm.accumulate(model):
         for number, (part, part_labels) in enumerate(parts, start=1):
             with fabric.no_backward_sync(model, enabled=number < len(parts)):
                 part_loss = loss(model(part), part_labels) * (len(part) / len(labels))

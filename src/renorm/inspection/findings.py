@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..inference.scores import Interval
 from .records import Finding, LayerReport, ModeReport
 
-_LEAST_GAP = {"accuracy": 0.005}  # from where on one is worth a sentence
+_LEAST_GAP = {"accuracy": 0.005, "cross_entropy": 1e-4}  # from where on one is worth a sentence; less is rounding
 _ENOUGH_ELEMENTS = 4  # with which batch norm learned digits as well as with more; with 2 it did not
 _NOTHING = (
     "running statistics describe the batches, and no batch depends on what it is made of: nothing much is to be gained "
@@ -30,7 +30,7 @@ def find(layers: Sequence[LayerReport], modes: Sequence[ModeReport]) -> tuple[Fi
     """
     causes = list(filter(None, _causes(layers)))  # why evaluation loses, where it does
     told = causes if not modes or any(map(_may_lose, modes)) else []
-    found = [*_of_modes(modes), *filter(None, _of_layers(layers, told))]
+    found = [*_of_modes(modes, any(layer.corrected for layer in layers)), *filter(None, _of_layers(layers, told))]
     if any(finding.layer is not None for finding in found) or any(map(_is_telling, modes)):
         return tuple(found)
     return (*found, Finding(None, "none", 0.0, _GETS_ALONG if causes else _NOTHING))
@@ -53,8 +53,8 @@ def _is_sure(gap: Interval, metric: str) -> bool:
     return gap.low > 0 and gap.mean >= _LEAST_GAP.get(metric, 0)
 
 
-def _of_modes(modes: Sequence[ModeReport]) -> list[Finding]:
-    return [*map(_gap, modes), *filter(None, map(_composition, modes))]
+def _of_modes(modes: Sequence[ModeReport], corrected: bool) -> list[Finding]:
+    return [*map(_gap, modes), *filter(None, (_composition(mode, corrected) for mode in modes))]
 
 
 def _gap(mode: ModeReport) -> Finding:
@@ -82,14 +82,15 @@ def _gap(mode: ModeReport) -> Finding:
     return Finding(None, f"gap, {mode.metric}", gap.mean, text)
 
 
-def _composition(mode: ModeReport) -> Finding | None:
+def _composition(mode: ModeReport, corrected: bool) -> Finding | None:
     gap = mode.composition
     if gap is None or not _is_sure(gap, mode.metric):
         return None
+    remedy = f"take {_LOOSER}; or train" if corrected else "train with renorm.BatchRenorm, or"
     text = (
         f"training mode is {_amount(mode.metric, gap.mean)} better on batches as they come than on the same examples "
-        "shuffled: the network reads from a batch what is in it, which no single example tells; train with "
-        "renorm.BatchRenorm, or on batches that are more mixed"
+        f"shuffled: the network reads from a batch what is in it, which no single example tells; {remedy} on batches "
+        "that are more mixed"
     )
     return Finding(None, f"composition, {mode.metric}", gap.mean, text)
 
@@ -107,8 +108,10 @@ def _of_layers(layers: Sequence[LayerReport], causes: Iterable[Finding]) -> Iter
     yield _fewest(reached)
     for check in _OF_STATISTICS:
         yield _worst(sound, check)
+    causes = list(causes)
     for check in _OF_GROUPS:
-        yield _worst(list(filter(_has_groups, sound)), check)
+        if check is not _CLIPPED or all(cause.measure != _LEAK.measure for cause in causes):  # one says it all
+            yield _worst(list(filter(_has_groups, sound)), check)
     yield from causes
     yield _worst(sound, _DEAD)
 
@@ -142,6 +145,23 @@ def _beyond(layer: LayerReport, limit: float) -> str:
     return f", and the layer corrects no more than {limit:g}" if layer.corrected else ""
 
 
+def _reach(layer: LayerReport) -> float:
+    """How far normalized values can reach in training."""
+    return layer.r_max * layer.bound + layer.d_max if layer.corrected else layer.bound
+
+
+def _within(layer: LayerReport) -> str:
+    if math.isinf(layer.r_max) and math.isinf(layer.d_max):
+        return "without limits"
+    return f"within limits of {layer.r_max:g} and {layer.d_max:g}"
+
+
+def _clipping(layer: LayerReport) -> str:
+    return (
+        f"limits of {layer.r_max:g} and {layer.d_max:g} clip {layer.clipped_r:.1%} of r and {layer.clipped_d:.1%} of d"
+    )
+
+
 class _Check(NamedTuple):
     """A number of a layer that is worth a sentence.
 
@@ -158,6 +178,10 @@ class _Check(NamedTuple):
     text: Callable[[LayerReport], str]
 
 
+_LOOSER = (
+    "wider limits or none (renorm.Limits.over(total_steps, math.inf, math.inf) for a new training, "
+    "renorm.Limits.constant(math.inf, math.inf) for going on with this network)"
+)
 _OTHER_STATISTICS = "the statistics are of other data or other weights; try renorm.estimate(model, loader)"
 _TWO_COMPUTATIONS = (
     "training and evaluation compute different things; try renorm.weigh(model, validation), and before a further "
@@ -189,23 +213,31 @@ _OF_STATISTICS = (
         "between_within", lambda layer: layer.between_within, 2.0,
         lambda layer: f"means of batches vary {layer.between_within:.1f} times as much as those of independent "
         "examples would (mean squares between over within): batches are dependent; "
-        + (f"the layer corrects for it within limits of {layer.r_max:g} and {layer.d_max:g}" if layer.corrected
+        + (f"the layer corrects for it {_within(layer)}" if layer.corrected
            else "see renorm.recommend(..., dependent=True)"),
     ),
+)  # fmt: skip
+_CLIPPED = _Check(
+    "clipped", lambda layer: max(layer.clipped_r, layer.clipped_d) if layer.corrected else 0.0, 0.05,
+    lambda layer: f"{_clipping(layer)}, by which the batch leaks into training: {_LOOSER}, or larger or more mixed "
+    "batches",
 )  # fmt: skip
 _OF_GROUPS = (
     _Check(
         "scale", lambda layer: _factor(layer.scale), 1.25,
         lambda layer: f"standard deviations of batches are {layer.scale:.2f} of the running one: " + _OTHER_STATISTICS,
     ),
-    _Check(
-        "clipped", lambda layer: max(layer.clipped_r, layer.clipped_d) if layer.corrected else 0.0, 0.05,
-        lambda layer: f"limits of {layer.r_max:g} and {layer.d_max:g} clip {layer.clipped_r:.1%} of r and "
-        f"{layer.clipped_d:.1%} of d: wider limits, or larger or more mixed batches",
-    ),
+    _CLIPPED,
+)  # fmt: skip
+_LEAK = _Check(
+    "gap", lambda layer: layer.gap if layer.corrected else 0.0, 0.1,
+    lambda layer: f"training and evaluation differ through clipping: {_clipping(layer)}, so that outputs differ by "
+    f"{layer.gap:.2f} (root mean square, before gamma), a leak of the batch that the network may have learned to read; "
+    f"take {_LOOSER}",
 )  # fmt: skip
 # They say why evaluation loses; where it does not, the network gets along with them.
 _OF_LOSSES = (
+    _LEAK,
     _Check(
         "d_size_95", lambda layer: layer.d_size[1] - (layer.d_max if layer.corrected else 0.0), 1.0,
         lambda layer: f"means of batches lie up to {layer.d_size[1]:.2f} running standard deviations from the running "
@@ -217,10 +249,11 @@ _OF_LOSSES = (
         f"(5 to 95% of r){_beyond(layer, layer.r_max)}: " + _TWO_COMPUTATIONS,
     ),
     _Check(
-        "range_evaluation", lambda layer: layer.range_evaluation / layer.bound if layer.bound else 0.0, 1.0,
+        "range_evaluation", lambda layer: layer.range_evaluation / _reach(layer) if layer.bound else 0.0, 1.0,
         lambda layer: f"normalized values reach {layer.range_evaluation:.1f} at evaluation, and cannot exceed "
-        f"{layer.bound:.1f} in training (sqrt(m - 1) for m = {layer.bound**2 + 1:.0f}): later layers see what they "
-        "were not trained on; try renorm.weigh(model, validation)",
+        f"{_reach(layer):.1f} in training (sqrt(m - 1) for m = {layer.bound**2 + 1:.0f}"
+        f"{', ' + _within(layer) if layer.corrected else ''}): later layers see what they were not trained on; try "
+        "renorm.weigh(model, validation)",
     ),
 )  # fmt: skip
 _DEAD = _Check(

@@ -36,8 +36,8 @@ def inspect(
     One pass over the data, in three modes: evaluation; norm layers in training mode on the batches as the loader gives
     them (everything else, as dropout, as at evaluation); and that on the same examples, shuffled among 32 batches, or
     33 where one would be left alone. Tells for each layer how far the statistics of batches lie from the running ones,
-    how dependent the batches are, what limits would clip, which channels are dead, and how far values reach; for the
-    model the scores in each mode. Nothing of the model changes.
+    how dependent the batches are, what limits clip, by which the batch leaks into training, which channels are dead,
+    and how far values reach; for the model the scores in each mode. Nothing of the model changes.
 
     Args:
         model: with layers of renorm, nn.BatchNorm or its subclasses.

@@ -15,7 +15,7 @@ from ..limits import Limits
 from ..modules import grouping_of
 from ..moments import Moments
 from ..norm import Norm
-from ..ops.problem import Target
+from ..ops.problem import Correction, Target
 from ..ops.statistics import correct, merge_channels, merge_running, moments_of, spread
 from ..ops.tracking import rule_of
 from .records import LayerReport
@@ -48,6 +48,7 @@ class Measurement:
     _spreads: list[Tensor] = field(default_factory=list)  # (G, C), sum of squares of example means within groups
     _sizes: list[Tensor] = field(default_factory=list)  # (G,), examples in groups
     _elements: list[Tensor] = field(default_factory=list)  # (G,)
+    _gaps: list[Tensor] = field(default_factory=list)  # (G, K), squared
     _outputs: list[Moments] = field(default_factory=list)  # (C,) of each batch
     _range_training: float = 0.0
     _range_evaluation: float = 0.0
@@ -67,10 +68,12 @@ class Measurement:
         for part in _parts(examples, self._grouping):
             channel = part.moments.merged(dim=1)  # (G, C)
             group = merge_channels(channel, k)
-            r, d = correct(group, target, k, self._eps)
+            r, d = wanted = correct(group, target, k, self._eps)
             counted = group.count[:, 0] > 0
             self._r.append(r[counted].cpu())
             self._d.append(d[counted].cpu())
+            applied = within(wanted, *self._limits)
+            self._gaps.append(squared_gap(group, wanted, applied, self._eps)[counted].cpu())
             self._means.append(channel.mean[counted].cpu())
             self._spreads.append((part.moments.mean - channel.mean[:, None]).square().sum(1)[counted].cpu())
             self._sizes.append(torch.full_like(group.count[counted, 0], part.low.shape[1]).cpu())
@@ -98,10 +101,7 @@ class Measurement:
         """Sum up."""
         layer = self.layer
         steps = None if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
-        limits: Limits | None = getattr(layer, "limits", None)
-        found = LayerReport(
-            self.name, type(layer).__name__, layer.num_features, steps, **_limits(limits, steps or 0)
-        )  # fmt: skip
+        found = LayerReport(self.name, type(layer).__name__, layer.num_features, steps, **self._limits_told())
         if not self._r:
             return found
         r, d, elements = torch.cat(self._r), torch.cat(self._d), torch.cat(self._elements)
@@ -114,7 +114,7 @@ class Measurement:
             clipped_r=_share((r > found.r_max) | (r < 1 / found.r_max)), clipped_d=_share(d.abs() > found.d_max),
             between_within=self._between_within(), dead=dead, nearly_dead=nearly_dead,
             range_training=self._range_training, bound=math.sqrt(max(float(elements.max()) - 1, 0)),
-            range_evaluation=self._range_evaluation,
+            range_evaluation=self._range_evaluation, gap=float(torch.cat(self._gaps).double().mean().sqrt()),
         )  # fmt: skip
 
     def _scale(self, r: Tensor, elements: Tensor) -> float:
@@ -158,6 +158,21 @@ class Measurement:
         layer = self.layer
         return Target(layer.running_mean, layer.running_var, math.inf, math.inf)
 
+    @property
+    def _limits(self) -> tuple[float, float]:
+        """Those at work; 1 and 0 are plain batch norm."""
+        limits: Limits | None = getattr(self.layer, "limits", None)
+        return (1.0, 0.0) if limits is None else limits.at(int(self.layer.num_batches_tracked or 0))
+
+    def _limits_told(self) -> dict[str, Any]:
+        """What a report says of the limits: those at work, or the paper's to compare with."""
+        r_max, d_max = self._limits
+        if (r_max, d_max) != (1.0, 0.0):
+            return {"r_max": r_max, "d_max": d_max, "corrected": True}
+        paper = {"r_max": Limits().r_max, "d_max": Limits().d_max}
+        limits: Limits | None = getattr(self.layer, "limits", None)
+        return paper if limits is None else paper | {"plain_until": limits.start}
+
 
 def _examples(x: Tensor, mask: Tensor | None) -> _Examples:
     moments = moments_of(x, mask, Grouping(examples_per_group=1))
@@ -187,15 +202,26 @@ def _reach(examples: _Examples, mean: Tensor, sigma: Tensor) -> float:
     return max(0.0, float(reach.max()))
 
 
-def _limits(limits: Limits | None, steps: int) -> dict[str, Any]:
-    """What a report says of the limits: those at work, or the paper's to compare with."""
-    paper = {"r_max": Limits().r_max, "d_max": Limits().d_max}
-    if limits is None:
-        return paper
-    r_max, d_max = limits.at(steps)
-    if (r_max, d_max) == (1.0, 0.0):
-        return paper | {"plain_until": limits.start}
-    return {"r_max": r_max, "d_max": d_max, "corrected": True}
+def within(wanted: Correction, r_max: Any, d_max: Any) -> Correction:
+    """What limits, numbers or 0-d tensors, let through of a correction; 1 and 0 let nothing."""
+    return Correction(wanted.r.clamp(1 / r_max, r_max), wanted.d.clamp(-d_max, d_max))
+
+
+def squared_gap(group: Moments, wanted: Correction, applied: Correction, eps: float) -> Tensor:
+    """Mean square of what outputs in training differ by from those at evaluation, before gamma.
+
+    Args:
+        group: moments of every group, (G, K).
+        wanted: r and d without limits.
+        applied: r and d within them.
+        eps: added to the variance.
+
+    Returns:
+        What clipping leaves, (G, K).
+    """
+    # the normalized batch has mean 0 and variance var / (var + eps)
+    variance = group.var / (group.var + eps)
+    return (wanted.r - applied.r).square() * variance + (wanted.d - applied.d).square()
 
 
 def quantiles(values: Tensor, *at: float) -> tuple[float, ...]:

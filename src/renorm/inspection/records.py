@@ -32,8 +32,9 @@ class LayerReport:
         shift: mean over groups of d, its size, the median over channels: running means that are not of these data.
         scale: standard deviation of groups over the running one, merged as the layer's tracking rule does, the median
             over channels; far from 1: running variances that are not of these data.
-        clipped_r: share of r outside of [1 / r_max, r_max].
-        clipped_d: share of d outside of [-d_max, d_max].
+        clipped_r: share of r outside of [1 / r_max, r_max]; where limits are at work, a leak: there training depends on
+            the batch, and evaluation does not.
+        clipped_d: share of d outside of [-d_max, d_max], in the same way.
         between_within: mean square of the examples' means between groups over that within, summed over channels in
             units of the running variance: about 1 where groups are i.i.d., more the more alike a group's examples are.
         dead: channels whose output at evaluation has a standard deviation below 0.001.
@@ -41,6 +42,8 @@ class LayerReport:
         range_training: largest size of a value normalized by its group.
         bound: that it cannot exceed, sqrt(elements - 1) of the largest group.
         range_evaluation: largest size of a value normalized as at evaluation, which has no bound.
+        gap: root mean square of what the output in training mode differs by from that at evaluation without an example
+            weight, before gamma: what limits leave of r and d. Without limits at work it is all of it.
 
     Source:
         Ioffe 2017, section 3, for r and d; Summers & Dinneen 2020, equation 2 and appendix A, for the ranges.
@@ -69,6 +72,7 @@ class LayerReport:
     range_training: float = math.nan
     bound: float = math.nan
     range_evaluation: float = math.nan
+    gap: float = math.nan
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ _LAYER_COLUMNS: tuple[tuple[str, Callable[[LayerReport], str]], ...] = (
     ("range", lambda layer: _range(layer)),
 )
 _LEGEND = (
-    "m: elements of a statistics group. r: 5 to 95%. |d|: 50 to 95%. clipped: of r, of d. b/w: how much more means of "
-    "batches vary than those of independent examples would. dead: dead+nearly dead channels. range: largest normalized "
-    "value in training, its bound, at evaluation."
+    "m: elements of a statistics group. r: 5 to 95%. |d|: 50 to 95%. clipped: of r, of d; by it the batch leaks into "
+    "training. b/w: how much more means of batches vary than those of independent examples would. dead: dead+nearly "
+    "dead channels. range: largest normalized value in training, its bound, at evaluation."
 )
 _MODE_COLUMNS: tuple[tuple[str, Callable[[ModeReport], str]], ...] = (
     ("score", lambda mode: mode.metric),

@@ -1,4 +1,4 @@
-"""r, d and what limits clip while a model trains, as numbers for any logger."""
+"""r, d and what leaks into training through what limits clip, as numbers for any logger."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..inference.passes import arguments
-from ..inspection.measure import quantiles
+from ..inspection.measure import quantiles, squared_gap, within
 from ..modules import grouping_of, tracking_layers
 from ..norm import Norm
 from ..occasions import Frozen
-from ..ops.problem import Correction, Target
+from ..ops.problem import Target
 from ..ops.statistics import correct, merge_channels, moments_of
 from ..recomputation import is_backward
 
@@ -36,7 +36,7 @@ class Monitor:
 
         Returns:
             By "quantity/layer": r_low, r_median, r_high, d_low, d_median, d_high (5%, 50% and 95%), clipped_r,
-            clipped_d, in [0, 1], and gap.
+            clipped_d, in [0, 1], which are the shares that leak, and gap, how much of the output that is.
         """
         found = {name: summary for name, watch in self._watches.items() if (summary := watch.summary())}
         return {f"{key}/{name}": value for name, summary in found.items() for key, value in summary.items()}
@@ -63,6 +63,11 @@ def monitor(model: nn.Module, every: int = 10) -> Monitor:
     The gap of a layer is the root mean square, over a batch, of what its output in training differs by from that at
     evaluation without an example weight, before gamma: what the limits leave of r and d. Plain batch norm has all of
     it, batch renorm within its limits none.
+
+    What is clipped is a leak: by it, training still depends on the batch, and evaluation does not. Where batches tell
+    something of their examples, a long training can learn to read it. If clipped_r or clipped_d stays above a few
+    percent once the ramps are over, take looser limits or none: `Limits.over(total_steps, math.inf, math.inf)` for a
+    new training, `Limits.constant(math.inf, math.inf)` for going on with a trained network.
 
     Measured is what a layer normalizes by the batch; checkpoints' recomputations are not measured once more, and
     compiled code is not measured at all. With `sync="batch"` r and d are those of this worker's part. Without a call of
@@ -146,9 +151,7 @@ def _measure(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor | None:
     wanted = correct(group, target, grouping.channels_per_group, layer.eps)
     limits: Any = layer.limits if isinstance(layer, Norm) else None
     r_max, d_max = (1.0, 0.0) if limits is None else limits(layer.num_batches_tracked, wanted.r.dtype)
-    applied = Correction(wanted.r.clamp(1 / r_max, r_max), wanted.d.clamp(-d_max, d_max))
-    # the normalized batch has mean 0 and variance var / (var + eps)
-    spread = group.var / (group.var + layer.eps)
-    gap = (wanted.r - applied.r).square() * spread + (wanted.d - applied.d).square()
+    applied = within(wanted, r_max, d_max)
+    gap = squared_gap(group, wanted, applied, layer.eps)
     rows = torch.stack((*wanted, applied.r != wanted.r, applied.d != wanted.d, gap))
     return rows.where(group.count > 0, torch.nan).flatten(1)

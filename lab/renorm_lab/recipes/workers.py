@@ -1,0 +1,97 @@
+"""Workers that each hold a few classes of their own, and average their gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
+
+from ..data import Dataset
+from ..networks.methods import METHODS, MethodName
+from ..recipe import SMALL, SUMMERS, TINY, Recipe, Scales
+from ..report.summary import Summary
+from ..runs import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers(Recipe):
+    """Normalize by the examples of one worker, which are of few classes, while gradients are averaged over all workers.
+
+    Every minibatch has all classes, so that its gradient is that of independent examples. What depends on each other
+    are the statistics: each worker's are those of its own classes. The column of all classes is that of synchronized
+    statistics, the remedy where workers can afford to wait for each other in every layer.
+
+    Args:
+        classes_per_worker: classes that share statistics, a column of the table each; all of them is always one.
+        examples_per_class: examples of each class in a minibatch.
+        group_size: examples that share statistics in batch-group norm.
+        frozen_shares: rows of batch norm that is frozen to its running statistics for this share of the training, at
+            its end (Wu & Johnson 2021).
+        first_seed: number of the first seed; others than a table's are for choosing settings.
+        model: see above; by default plain8, in which nothing leads around the normalization layers.
+    """
+
+    name: ClassVar[str] = "workers"
+    title: ClassVar[str] = "Workers that hold their own classes"
+    claim: ClassVar[str] = (
+        "batch norm fails at evaluation where workers hold classes of their own; batch renorm does not"
+    )
+    source: ClassVar[str] = "Hsieh et al. 2020; Ioffe 2017, 3; beyond both papers"
+    shows_training: ClassVar[bool] = True
+    scales: ClassVar[Scales] = {
+        "tiny": TINY | {"classes_per_worker": (1,), "examples_per_class": 2},
+        "small": SMALL | {"image_size": 16, "classes_per_worker": (1, 4), "examples_per_class": 2, "steps": 2_000},
+        "paper": SUMMERS | {"classes_per_worker": (1, 4), "examples_per_class": 4},
+    }
+
+    methods: tuple[MethodName, ...] = (
+        "batch_norm", "batch_renorm_unlimited", "batch_renorm", "batch_renorm_close", "batch_group_norm", "group_norm"
+    )  # fmt: skip
+    model: str | None = "plain8"
+    steps: PositiveInt = 600
+    momentum: OpenUnitInterval = 0.01
+    lr: PositiveFloat = 0.1
+    classes_per_worker: tuple[PositiveInt, ...] = (1, 2)
+    examples_per_class: PositiveInt = 4
+    group_size: PositiveInt = 2
+    frozen_shares: tuple[PositiveFloat, ...] = (0.1, 0.5)
+    first_seed: NonNegativeInt = 0
+
+    def runs(self, dataset: Dataset) -> list[Run]:
+        classes, examples = dataset.num_classes, self.examples_per_class
+        columns = {f"{number} class{'es' * (number > 1)} each": number * examples for number in self.classes_per_worker}
+        columns["synchronized"] = classes * examples
+        rows: list[tuple[MethodName, str, dict[str, Any]]] = [
+            (method, METHODS[method].label, {}) for method in self.methods
+        ]
+        rows += [
+            ("batch_norm", f"batch norm, frozen for the last {share:.0%}", {"frozen_share": share})
+            for share in self.frozen_shares
+        ]
+        return [
+            self.make_run(
+                dataset, method, self.group_size if method == "batch_group_norm" else shared, label=label,
+                regime=regime, seed=seed, batch_size=classes * examples, classes_per_batch=classes,
+                examples_per_class=examples, order="class", measures="like training+training batches",
+                **change,
+            )
+            for method, label, change in rows
+            for regime, shared in columns.items()
+            for seed in range(self.first_seed, self.first_seed + self.seeds)
+        ]  # fmt: skip
+
+    def conclusion(self, summary: Summary) -> str:
+        """What batch norm and its remedies do where every worker holds the fewest classes."""
+        regime = summary.regimes[0]
+        found = {method: summary.off.get((METHODS[method].label, regime)) for method in self.methods}
+        batch_norm, remedy = found.get("batch_norm"), found.get("batch_renorm_unlimited")
+        if batch_norm is None or remedy is None:
+            return ""
+        place = METHODS["batch_norm"].label, regime
+        trained, weighed = summary.trained[place].mean, summary.on[place].mean
+        return (
+            f"Trained where every worker sees {regime.removesuffix(' each')}, batch norm is right {trained:.0f}% of "
+            f"the time in training and {batch_norm.mean:.0f}% at evaluation, batch renorm without limits "
+            f"{remedy.mean:.0f}%; weighing the trained batch-norm network, {weighed:.0f}%."
+        )
