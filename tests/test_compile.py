@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ LAYERS: dict[str, Callable[[], renorm.Norm]] = {
     "BatchGroupNorm": lambda: renorm.BatchGroupNorm2d(4, 2, limits=RAMP),
     "cumulative average": lambda: renorm.BatchRenorm2d(4, limits=RAMP, momentum=None),
     "switched limits": lambda: renorm.BatchRenorm2d(4, limits=renorm.Limits(2.0, 1.0, 2, 2, 2)),
+    "without limits": lambda: renorm.BatchRenorm2d(4, limits=renorm.Limits(math.inf, math.inf, 1, 4, 3), momentum=0.2),
     "without parameters": lambda: renorm.BatchRenorm2d(4, limits=RAMP, affine=False),
     "example weight": lambda: renorm.BatchNorm2d(4, example_weight=0.3, tracking="total"),
     "activation": lambda: renorm.BatchNorm2d(4, act="silu"),

@@ -165,10 +165,10 @@ class Limits:
         if step >= end:
             return high
         share = (step - self.start) / (end - self.start)
-        return low + share / (1 - share) if math.isinf(high) else low + (high - low) * share
+        return low + share / (1 - share) if high == math.inf else low + (high - low) * share
 
     def _ramp(self, step: Tensor, low: float, high: float, end: int) -> Tensor:
         if end == self.start:
             return torch.full_like(step, high).where(step >= end, low)
         share = ((step - self.start) / (end - self.start)).clamp(0, 1)
-        return low + share / (1 - share) if math.isinf(high) else low + (high - low) * share
+        return low + share / (1 - share) if high == math.inf else low + (high - low) * share
