@@ -14,8 +14,8 @@ from .data import Dataset, load_dataset
 from .data.load import dataset_name
 from .errors import LabError
 from .networks.methods import METHODS, MethodName
-from .report.summary import Summary
 from .runs import Decay, Precision, Run
+from .summary import Summary
 
 Scale = Literal["tiny", "small", "paper"]
 Scales = Mapping[Scale, Mapping[str, Any]]

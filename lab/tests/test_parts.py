@@ -17,8 +17,8 @@ from renorm_lab.cli import main
 from renorm_lab.data import load_dataset
 from renorm_lab.jobs.progress_bar import RunProgress
 from renorm_lab.networks.models import build_model, resnet
-from renorm_lab.report.summary import markdown_table, summarize, terminal_table
 from renorm_lab.runs import Result, Run
+from renorm_lab.summary import markdown_table, summarize, terminal_table
 from renorm_lab.training.evaluation import best_alpha, evaluate, set_example_weight
 from renorm_lab.training.ranks import make_fabric
 from renorm_lab.training.train import backward

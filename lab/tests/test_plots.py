@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from renorm_lab.report.plots import draw_bars
-from renorm_lab.report.summary import Cell, Summary
+from renorm_lab.report.plots import draw_bars, draw_curves
+from renorm_lab.runs import CurvePoint
+from renorm_lab.summary import Cell, Summary
+
+from .test_parts import result, run
 
 
 @pytest.mark.parametrize(
@@ -32,4 +37,17 @@ def test_a_long_title_stays_within_its_picture():
     assert max(map(len, title.splitlines())) < len(title)
     figure.canvas.draw()
     edges = figure._suptitle.get_window_extent()
+    assert 0 <= edges.x0 < edges.x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize("panels", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["batch norm", "batch norm, frozen for the last 50%"])
+def test_a_legend_stays_within_its_picture(panels: int, name: str):
+    methods, regimes = [f"{name} {number}" for number in range(6)], [f"n = {number}" for number in range(panels)]
+    cells = {(method, regime): Cell((10.0,)) for method in methods for regime in regimes}
+    curve = (CurvePoint(1, 1.0, 0.1), CurvePoint(2, 0.5, 0.2))
+    results = {run(method=method, regime=regime): replace(result(0.1, 0.1), curve=curve) for method, regime in cells}
+    figure = draw_curves(results, Summary(methods, regimes, cells, cells), regimes, "a table")
+    figure.canvas.draw()
+    edges = figure.legends[0].get_window_extent()
     assert 0 <= edges.x0 < edges.x1 <= figure.bbox.x1

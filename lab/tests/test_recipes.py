@@ -378,3 +378,8 @@ def test_workers_say_in_words_what_their_figures_say(tmp_path: Path, capsys: pyt
     assert "Trained where every worker sees 1 class, batch norm is right" in said
     assert f"in training and {off:.0f}% at evaluation, batch renorm without limits {remedy:.0f}%" in said
     assert said.endswith(f"weighing the trained batch-norm network, {on:.0f}%. Everything is in {tmp_path}")
+
+
+def test_workers_hold_as_many_classes_each(images: Dataset):
+    with pytest.raises(LabError, match="classes_per_worker must divide the 100 classes of digits, got 3"):
+        RECIPES["workers"](classes_per_worker=(3,)).runs(images)

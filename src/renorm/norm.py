@@ -191,12 +191,11 @@ class Norm(State):
             return evaluate(inputs, Settings(self.grouping, self.eps, act), running, self.example_weight)
         # the compiler must meet a float of the module outside autograd.Function first
         settings = Settings(self.grouping, self.eps * 1.0, act)
-        has_workers = self.sync is not None and self.workers.number > 1
         if not self.track_running_stats:
             return self._by_batch(inputs, settings, None)[0]
         state = self._state()
         occasion = occasion_of(self, state, self.blocks, sees_state=self.limits is not None)
-        if has_workers:
+        if self.sync is not None and self.workers.number > 1:
             occasion = occasion or Occasion(state, "batch", moves=True)
             y: Tensor = _in_eager_mode(self._normalize_apart, inputs, settings, occasion)
             return y

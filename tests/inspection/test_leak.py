@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import renorm
@@ -22,7 +21,7 @@ LIMITS = {
 
 def ordered_by_class() -> list[tuple[Tensor, Tensor]]:
     """A batch for each step, of all classes, one after the other."""
-    data = load_digits()
+    data = pytest.importorskip("sklearn.datasets").load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None]
     images = (images - images.mean()) / images.std()
     target = torch.tensor(data.target)

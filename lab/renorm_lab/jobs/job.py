@@ -14,10 +14,10 @@ from ..errors import LabError
 from ..networks.network import make_network
 from ..recipe import Recipe
 from ..report.plots import plot_bars, plot_curves
-from ..report.summary import markdown_table, summarize, terminal_table
 from ..results import Results, read_finished, write_results
 from ..runs import Result, Run
 from ..store import file_stem, save_text
+from ..summary import markdown_table, summarize, terminal_table
 from ..training.batches import batch_sampler
 from ..training.checkpoints import Checkpoints
 from ..training.loggers import check_logger

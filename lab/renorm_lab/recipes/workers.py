@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
 
 from ..data import Dataset
+from ..errors import LabError
 from ..networks.methods import METHODS, MethodName
 from ..recipe import SMALL, SUMMERS, TINY, Recipe, Scales
-from ..report.summary import Summary
 from ..runs import Run
+from ..summary import Summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class Workers(Recipe):
     statistics, the remedy where workers can afford to wait for each other in every layer.
 
     Args:
-        classes_per_worker: classes that share statistics, a column of the table each; all of them is always one.
+        classes_per_worker: classes that share statistics, which divide all of them; a column of the table each.
         examples_per_class: examples of each class in a minibatch.
         group_size: examples that share statistics in batch-group norm.
         frozen_shares: rows of batch norm that is frozen to its running statistics for this share of the training, at
@@ -41,8 +42,8 @@ class Workers(Recipe):
     shows_training: ClassVar[bool] = True
     scales: ClassVar[Scales] = {
         "tiny": TINY | {"classes_per_worker": (1,), "examples_per_class": 2},
-        "small": SMALL | {"image_size": 16, "classes_per_worker": (1, 4), "examples_per_class": 2, "steps": 2_000},
-        "paper": SUMMERS | {"classes_per_worker": (1, 4), "examples_per_class": 4},
+        "small": SMALL | {"image_size": 16, "classes_per_worker": (1, 5), "examples_per_class": 2, "steps": 2_000},
+        "paper": SUMMERS | {"classes_per_worker": (1, 5), "examples_per_class": 4},
     }
 
     methods: tuple[MethodName, ...] = (
@@ -55,11 +56,14 @@ class Workers(Recipe):
     classes_per_worker: tuple[PositiveInt, ...] = (1, 2)
     examples_per_class: PositiveInt = 4
     group_size: PositiveInt = 2
-    frozen_shares: tuple[PositiveFloat, ...] = (0.1, 0.5)
+    frozen_shares: tuple[OpenUnitInterval, ...] = (0.1, 0.5)
     first_seed: NonNegativeInt = 0
 
     def runs(self, dataset: Dataset) -> list[Run]:
         classes, examples = dataset.num_classes, self.examples_per_class
+        for number in self.classes_per_worker:
+            if classes % number:
+                raise LabError(f"classes_per_worker must divide the {classes} classes of {self.data}, got {number}")
         columns = {f"{number} class{'es' * (number > 1)} each": number * examples for number in self.classes_per_worker}
         columns["synchronized"] = classes * examples
         rows: list[tuple[MethodName, str, dict[str, Any]]] = [
@@ -84,14 +88,12 @@ class Workers(Recipe):
     def conclusion(self, summary: Summary) -> str:
         """What batch norm and its remedies do where every worker holds the fewest classes."""
         regime = summary.regimes[0]
-        found = {method: summary.off.get((METHODS[method].label, regime)) for method in self.methods}
-        batch_norm, remedy = found.get("batch_norm"), found.get("batch_renorm_unlimited")
-        if batch_norm is None or remedy is None:
+        batch_norm, remedy = ((METHODS[name].label, regime) for name in ("batch_norm", "batch_renorm_unlimited"))
+        if not self.classes_per_worker or not {batch_norm, remedy} <= summary.off.keys():
             return ""
-        place = METHODS["batch_norm"].label, regime
-        trained, weighed = summary.trained[place].mean, summary.on[place].mean
+        trained, off, on = (cells[batch_norm].mean for cells in (summary.trained, summary.off, summary.on))
         return (
             f"Trained where every worker sees {regime.removesuffix(' each')}, batch norm is right {trained:.0f}% of "
-            f"the time in training and {batch_norm.mean:.0f}% at evaluation, batch renorm without limits "
-            f"{remedy.mean:.0f}%; weighing the trained batch-norm network, {weighed:.0f}%."
+            f"the time in training and {off:.0f}% at evaluation, batch renorm without limits "
+            f"{summary.off[remedy].mean:.0f}%; weighing the trained batch-norm network, {on:.0f}%."
         )

@@ -10,11 +10,11 @@ from itertools import product
 from pathlib import PurePath
 
 from ..runs import Run
+from ..summary import Cell
 from .claims import CLAIMS, NUMBERS
 from .folders import Folder
 from .intervals import Difference, difference
 from .kinds import ANY, Claim, Numbers, Setting, Spot
-from .summary import Cell
 
 _PAPER_LIMITS = 3.0, 5.0  # r_max, d_max of all that the papers say of batch renorm
 LEVEL = 1.0  # points by which two accuracies that are called level may differ

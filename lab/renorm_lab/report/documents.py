@@ -13,10 +13,10 @@ from pathlib import Path
 
 from ..errors import LabError
 from ..store import save_text
+from ..summary import markdown_lines
 from .compare import compare
 from .folders import read_folder
 from .losses import loss_table
-from .summary import markdown_lines
 from .tables import TextTable, claim_table
 
 _BLOCK = re.compile(

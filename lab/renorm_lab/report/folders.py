@@ -11,7 +11,7 @@ from ..recipes import RECIPES
 from ..results import Results, read_results
 from ..runs import Run
 from ..store import read_settings
-from .summary import Summary, summarize
+from ..summary import Summary, summarize
 
 _SETTINGS = ("settings.json", "config.yaml", "provenance.json")  # the first is of renorm 0.1
 

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from .summary import Summary
+from ..summary import Summary
 from .tables import TextTable
 
 

@@ -14,12 +14,12 @@ from rich.console import Console
 from ..errors import LabError
 from ..recipes import RECIPES
 from ..store import save_text
+from ..summary import markdown_lines
 from .claims import CLAIMS
 from .compare import LEVEL, Beside, beside, compare
 from .folders import Folder, read_folder
 from .losses import loss_table
 from .pictures import Picture, pictures
-from .summary import markdown_lines
 from .tables import NEAR, TextTable, beside_table, claim_table, comparison_table, disagreements, measure_table, tally
 
 

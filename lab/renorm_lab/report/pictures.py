@@ -6,8 +6,8 @@ from base64 import b64encode
 from dataclasses import dataclass
 
 from ..results import Results
+from ..summary import Summary
 from .plots import as_svg, curves_of, draw_bars, draw_curves
-from .summary import Summary
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from ..results import Results
 from ..runs import CurvePoint
 from ..store import save_file
-from .summary import Summary
+from ..summary import Summary
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; without the yellow, which is too light for lines.
 _COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
@@ -178,11 +178,15 @@ def _styles() -> Iterator[tuple[str, str, str]]:
 def _add_legend(figure: Figure, title: str) -> None:
     drawn = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes)
     handles = {label: handle for pairs in drawn for handle, label in pairs}  # not every method is in every panel
-    columns = 3
-    if len(figure.axes) == 1:
-        columns = 2 if max(map(len, handles)) <= _NARROW else 1
+    one = len(figure.axes) == 1
+    if one:
         title = title.replace("; ", ";\n").replace(" (", "\n(")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, title=title)
+    for columns in range(2 if one else 3, 0, -1):
+        legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, title=title)
+        if legend.get_window_extent().width < 0.98 * figure.bbox.width:  # its frame too is within the picture
+            return
+        if columns > 1:
+            legend.remove()
 
 
 def _wrapped(names: Sequence[str], panels: int) -> list[str]:

@@ -161,8 +161,8 @@ class Measurement:
     @property
     def _limits(self) -> tuple[float, float]:
         """Those at work; 1 and 0 are plain batch norm."""
-        limits: Limits | None = getattr(self.layer, "limits", None)
-        return (1.0, 0.0) if limits is None else limits.at(int(self.layer.num_batches_tracked or 0))
+        limits = self._own_limits
+        return (1.0, 0.0) if limits is None else limits.at(int(self.layer.num_batches_tracked))
 
     def _limits_told(self) -> dict[str, Any]:
         """What a report says of the limits: those at work, or the paper's to compare with."""
@@ -170,8 +170,12 @@ class Measurement:
         if (r_max, d_max) != (1.0, 0.0):
             return {"r_max": r_max, "d_max": d_max, "corrected": True}
         paper = {"r_max": Limits().r_max, "d_max": Limits().d_max}
-        limits: Limits | None = getattr(self.layer, "limits", None)
+        limits = self._own_limits
         return paper if limits is None else paper | {"plain_until": limits.start}
+
+    @property
+    def _own_limits(self) -> Limits | None:
+        return self.layer.limits if isinstance(self.layer, Norm) else None
 
 
 def _examples(x: Tensor, mask: Tensor | None) -> _Examples:

@@ -266,14 +266,13 @@ def _constant(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
-# What implements an operation in Python: a function of this name, of the terms that the arguments stand for.
-_IN_PYTHON: dict[str, tuple[str, Any]] = {
-    "normalize": ("normalize", NormalizeArguments),
-    "normalize_eager": ("normalize", NormalizeArguments),
-    "normalize_backward": ("normalize_backward", BackwardArguments),
-    "evaluate": ("evaluate", EvaluateArguments),
-    "track": ("track", TrackArguments),
-    "normalize_and_track": ("normalize_and_track", StepArguments),
+_ARGUMENTS: dict[str, Any] = {
+    "normalize": NormalizeArguments,
+    "normalize_eager": NormalizeArguments,
+    "normalize_backward": BackwardArguments,
+    "evaluate": EvaluateArguments,
+    "track": TrackArguments,
+    "normalize_and_track": StepArguments,
 }
 
 
@@ -285,7 +284,8 @@ def implement(device: str, module: str) -> None:
         module: path of the module, imported at the first call, with `normalize`, `normalize_backward`, `evaluate`,
             `track` and `normalize_and_track`, which take what `read` of the arguments above returns.
     """
-    for name, (function, arguments) in _IN_PYTHON.items():
+    for name, arguments in _ARGUMENTS.items():
+        function = name.removesuffix("_eager")
         LIBRARY.impl(name, _imported_at_first_call(module, function, arguments), device.upper())
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from ..results import Results
+from .results import Results
 
 _UNFINISHED = "-"
 
@@ -130,7 +130,9 @@ def summarize(results: Results, score: str = "accuracy", *, shows_training: bool
         on[place] = _with(on.get(place), result.test_accuracy_on)
         if shows_training:
             measure = "training accuracy" if run.frozen_share else "training-mode training accuracy"
-            trained[place] = _with(trained.get(place), dict(result.measures)[measure])
+            measured = dict(result.measures)
+            if measure in measured:  # a folder's measures.csv may be lost
+                trained[place] = _with(trained.get(place), measured[measure])
     methods, regimes = (list(dict.fromkeys(names)) for names in zip(*off, strict=True))
     return Summary(methods, regimes, off, on, score, trained)
 
