@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from jsonargparse.typing import NonNegativeFloat, OpenUnitInterval, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
 
 from .data import Dataset, load_dataset
 from .data.load import dataset_name
@@ -51,6 +51,7 @@ class Recipe(ABC):
             an .npz file with x_train, y_train, x_test and y_test (images uint8 of shape N, H, W, C); or a folder of
             images, train/CLASS/IMAGE and test/CLASS/IMAGE (or val), or just CLASS/IMAGE.
         data_root: folder of the data sets that have a name.
+        classes: number of classes to train on, the first ones; by default all.
         image_size: height and width in pixels to which images from a folder are resized and cropped, and larger images
             of other data sets; those from a folder stay in their files above 64, and are decoded as they are needed.
         model: network: mlp (4 hidden layers of 128), resnet8, resnet20 and so on, plain8 (without shortcuts),
@@ -58,6 +59,7 @@ class Recipe(ABC):
             everything else.
         methods: normalization methods to compare.
         seeds: number of seeds, and so of runs behind each cell of the table.
+        first_seed: number of the first of them; settings are chosen on others than the table's.
         steps: training steps of a run.
         lr: learning rate.
         momentum: weight of a new minibatch in the running statistics, the same for all methods.
@@ -91,12 +93,14 @@ class Recipe(ABC):
     scale: Scale | None = None
     data: str = "digits"
     data_root: Path = Path("data")
+    classes: PositiveInt | None = None
     image_size: PositiveInt = 32
     model: str | None = None
     methods: tuple[MethodName, ...] = (
         "batch_norm", "batch_renorm", "ghost_batch_norm", "batch_group_norm", "batch_group_renorm"
     )  # fmt: skip
     seeds: PositiveInt = 3
+    first_seed: NonNegativeInt = 0
     steps: PositiveInt = 1_000
     lr: PositiveFloat = 0.05
     momentum: OpenUnitInterval = 0.05
@@ -151,7 +155,13 @@ class Recipe(ABC):
         Raises:
             LabError: it is not there, or something is wrong with it.
         """
-        return load_dataset(self.data, self.data_root, self.image_size)
+        dataset = load_dataset(self.data, self.data_root, self.image_size)
+        return dataset if self.classes is None else dataset.first_classes(self.classes)
+
+    @property
+    def seed_numbers(self) -> range:
+        """The seeds of a cell of the table."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     @property
     def folder(self) -> Path:

@@ -53,6 +53,16 @@ def test_what_cannot_be_split_by_class_is_refused(tmp_path: Path):
         load_unseen("no.npz", Path(), 32)
 
 
+def test_the_first_classes_alone_are_kept():
+    everything = load_dataset("digits", Path(), 8)
+    dataset = everything.first_classes(3)
+    assert [labels_of(part) for part in (dataset.train, dataset.validation, dataset.test)] == [set(range(3))] * 3
+    assert len(dataset.test) == int((everything.test.labels < 3).sum())
+    assert dataset.standardize(dataset.train.images).mean().abs() < 1e-5
+    with pytest.raises(LabError, match="digits: has 10 classes, fewer than classes=11"):
+        everything.first_classes(11)
+
+
 def test_classes_are_set_aside_for_pretraining():
     dataset = set_aside(load_dataset("digits", Path(), 8), True, 20)
     assert [labels_of(part) for part in (dataset.train, dataset.validation, dataset.test)] == [set(range(5))] * 3

@@ -246,6 +246,8 @@ def test_fine_tuned_batch_group_norm_has_its_groups(digits: Dataset):
         (["noniid", "--average", "1"], "average must be at least 0 and less than 1, got 1.0"),
         (["metric", "--batch-size", "4", "--examples-per-class", "[2, 8]"],
          "batch_size must be at least examples_per_class=8, got 4"),
+        (["metric", "--classes", "5"], "classes cannot be 5 in recipe metric, which splits all classes: leave it out"),
+        (["noniid", "--classes", "11"], "digits: has 10 classes, fewer than classes=11"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit_are_told_in_a_line(

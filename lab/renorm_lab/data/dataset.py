@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import LabError
 from .arrays import Array, Arrays
 from .image_files import ImageFiles
 
@@ -116,6 +117,26 @@ class Dataset:
             The same in the dtype of `mean`, every channel with mean 0 and standard deviation 1 over the training part.
         """
         return (images.to(self.mean.dtype) - self.mean) / self.std
+
+    def first_classes(self, number: int) -> Dataset:
+        """The data set without some of its classes.
+
+        Args:
+            number: classes that are kept, those with the smallest labels.
+
+        Returns:
+            The data set, standardized by what is left of the training part.
+
+        Raises:
+            LabError: it has fewer classes.
+        """
+        if number > self.num_classes:
+            raise LabError(f"{self.source}: has {self.num_classes} classes, fewer than classes={number}")
+        train, validation, test = (
+            part.subset((part.labels < number).nonzero()[:, 0].tolist())
+            for part in (self.train, self.validation, self.test)
+        )
+        return assemble(train, validation, test, self.source)
 
     def double(self) -> Dataset:
         """The data set for networks in float64."""

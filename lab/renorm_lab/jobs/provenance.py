@@ -55,7 +55,7 @@ def write_origin(recipe: Recipe, command: str, processes: int) -> None:
         origin["continued"] = [*origin.get("continued", []), programs]
     else:
         machine = {"system": platform.platform(), "cores": os.cpu_count(), "device": recipe.device}
-        origin = {"recipe": recipe.name, "seeds": list(range(recipe.seeds)), **programs}
+        origin = {"recipe": recipe.name, "seeds": list(recipe.seed_numbers), **programs}
         origin |= {"machine": machine, "processes": processes}
     options = yaml.safe_dump(_options(recipe), sort_keys=False, allow_unicode=True)
     try:

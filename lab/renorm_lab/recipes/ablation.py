@@ -71,5 +71,5 @@ class Ablation(Recipe):
             for method in self.methods
             for label, change in list(_CHANGES.items())[: self.num_changes]
             for regime, sampling in regimes
-            for seed in range(self.seeds)
+            for seed in self.seed_numbers
         ]  # fmt: skip

@@ -53,7 +53,7 @@ class AllFour(SmallBatch):
             for label, named, decay in lines
             for size in self.batch_sizes
             for method, group in (self._grouping(named, size),)
-            for seed in range(self.seeds)
+            for seed in self.seed_numbers
             if (method, size) != ("batch_norm", 1)
         ]
 

@@ -40,5 +40,5 @@ class Baseline(Recipe):
                 forward_size=self.batch_size if self.minibatches > 1 else None,
             )
             for method in self.methods
-            for seed in range(self.seeds)
+            for seed in self.seed_numbers
         ]  # fmt: skip

@@ -65,7 +65,7 @@ class Combination(SmallBatch):
             for method in self.methods
             for label, change in self._rows(method).items()
             for size, sampling in regimes
-            for seed in range(self.seeds)
+            for seed in self.seed_numbers
             if (method, size) != ("batch_norm", 1)
         ]  # fmt: skip
 

@@ -58,5 +58,5 @@ class WeightDecay(Recipe):
             for method in self.methods
             for decay in self.decays
             for model in self.models
-            for seed in range(self.seeds)
+            for seed in self.seed_numbers
         ]  # fmt: skip

@@ -68,7 +68,7 @@ class Finetune(Recipe):
                 seed=seed, pretrained=self.pretrained, pretraining_steps=self._first_steps, **changes,
             )
             for method, label, changes in lines
-            for seed in range(self.seeds)
+            for seed in self.seed_numbers
         ]  # fmt: skip
 
     @property

@@ -43,5 +43,5 @@ class Ghost(Recipe):
             )
             for method in self.methods
             for label, size in rows(method, self.ghost_sizes, group_size=2)
-            for seed in range(self.seeds)
+            for seed in self.seed_numbers
         ]  # fmt: skip

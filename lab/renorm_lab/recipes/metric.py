@@ -50,6 +50,8 @@ class Metric(Recipe):
     group_size: PositiveInt = 2
 
     def load(self) -> Dataset:
+        if self.classes is not None:
+            raise LabError(f"classes cannot be {self.classes} in recipe metric, which splits all classes: leave it out")
         return load_unseen(self.data, self.data_root, self.image_size)
 
     def runs(self, dataset: Dataset) -> list[Run]:
@@ -65,5 +67,5 @@ class Metric(Recipe):
             for method in self.methods
             for label, size in rows(method, self.ghost_sizes, self.group_size)
             for examples in self.examples_per_class
-            for seed in range(self.seeds)
+            for seed in self.seed_numbers
         ]  # fmt: skip

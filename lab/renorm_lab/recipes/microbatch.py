@@ -50,5 +50,5 @@ class Microbatch(Recipe):
             self.make_run(dataset, method, size, regime=f"n = {size}", seed=seed, **sizes)
             for method in self.methods
             for size in self.group_sizes
-            for seed in range(self.seeds)
+            for seed in self.seed_numbers
         ]

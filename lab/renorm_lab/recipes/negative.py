@@ -50,5 +50,5 @@ class Negative(Recipe):
                 dataset, method, None, label=label, regime="i.i.d.", batch_size=self.batch_size, seed=seed, **changes,
             )
             for method, label, changes in lines
-            for seed in range(self.seeds)
+            for seed in self.seed_numbers
         ]  # fmt: skip

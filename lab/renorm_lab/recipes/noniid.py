@@ -77,5 +77,5 @@ class NonIid(Recipe):
             )
             for method, label, group, order in lines
             for regime, sampling in regimes
-            for seed in range(self.seeds)
+            for seed in self.seed_numbers
         ]  # fmt: skip

@@ -44,5 +44,5 @@ class Range(Recipe):
             )
             for method in self.methods
             for size in self.group_sizes
-            for seed in range(self.seeds)
+            for seed in self.seed_numbers
         ]  # fmt: skip

@@ -49,7 +49,7 @@ class SmallBatch(Recipe):
             )
             for method in self.methods
             for size in self.batch_sizes
-            for seed in range(self.seeds)
+            for seed in self.seed_numbers
             if (method, size) != ("batch_norm", 1)
         ]
 

@@ -45,5 +45,5 @@ class Weigh(Recipe):
             )
             for method in self.methods
             for label, size in rows(method, self.ghost_sizes, self.group_size)
-            for seed in range(self.seeds)
+            for seed in self.seed_numbers
         ]  # fmt: skip

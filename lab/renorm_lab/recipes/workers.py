@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
+from jsonargparse.typing import OpenUnitInterval, PositiveFloat, PositiveInt
 
 from ..data import Dataset
 from ..errors import LabError
@@ -29,7 +29,6 @@ class Workers(Recipe):
         group_size: examples that share statistics in batch-group norm.
         frozen_shares: rows of batch norm that is frozen to its running statistics for this share of the training, at
             its end (Wu & Johnson 2021).
-        first_seed: number of the first seed; others than a table's are for choosing settings.
         model: see above; by default plain8, in which nothing leads around the normalization layers.
     """
 
@@ -57,7 +56,6 @@ class Workers(Recipe):
     examples_per_class: PositiveInt = 4
     group_size: PositiveInt = 2
     frozen_shares: tuple[OpenUnitInterval, ...] = (0.1, 0.5)
-    first_seed: NonNegativeInt = 0
 
     def runs(self, dataset: Dataset) -> list[Run]:
         classes, examples = dataset.num_classes, self.examples_per_class
@@ -82,7 +80,7 @@ class Workers(Recipe):
             )
             for method, label, change in rows
             for regime, shared in columns.items()
-            for seed in range(self.first_seed, self.first_seed + self.seeds)
+            for seed in self.seed_numbers
         ]  # fmt: skip
 
     def conclusion(self, summary: Summary) -> str:
