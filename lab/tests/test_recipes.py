@@ -367,6 +367,8 @@ def test_workers_hold_their_own_classes_and_average_over_all(images: Dataset):
     assert labels.bincount().tolist() == [2] * 100  # the gradient is that of all classes
     assert all(len(group.unique()) == 4 for group in labels.split(regimes["4 classes each"].examples_per_group))
     assert regimes["synchronized"].examples_per_group == 200
+    alone = RECIPES["workers"](seeds=1, classes_per_worker=(4,), synchronized=False).runs(images)
+    assert {run.regime for run in alone} == {"4 classes each"}
 
 
 def test_workers_say_in_words_what_their_figures_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

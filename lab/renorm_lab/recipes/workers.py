@@ -27,6 +27,7 @@ class Workers(Recipe):
         classes_per_worker: classes that share statistics, which divide all of them; a column of the table each.
         examples_per_class: examples of each class in a minibatch.
         group_size: examples that share statistics in batch-group norm.
+        synchronized: whether the table has the column of statistics over all classes.
         frozen_shares: rows of batch norm that is frozen to its running statistics for this share of the training, at
             its end (Wu & Johnson 2021).
         model: see above; by default plain8, in which nothing leads around the normalization layers.
@@ -55,6 +56,7 @@ class Workers(Recipe):
     classes_per_worker: tuple[PositiveInt, ...] = (1, 2)
     examples_per_class: PositiveInt = 4
     group_size: PositiveInt = 2
+    synchronized: bool = True
     frozen_shares: tuple[OpenUnitInterval, ...] = (0.1, 0.5)
 
     def runs(self, dataset: Dataset) -> list[Run]:
@@ -63,7 +65,8 @@ class Workers(Recipe):
             if classes % number:
                 raise LabError(f"classes_per_worker must divide the {classes} classes of {self.data}, got {number}")
         columns = {f"{number} class{'es' * (number > 1)} each": number * examples for number in self.classes_per_worker}
-        columns["synchronized"] = classes * examples
+        if self.synchronized:
+            columns["synchronized"] = classes * examples
         rows: list[tuple[MethodName, str, dict[str, Any]]] = [
             (method, METHODS[method].label, {}) for method in self.methods
         ]
