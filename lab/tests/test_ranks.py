@@ -16,6 +16,7 @@ from renorm_lab.errors import LabError
 from renorm_lab.jobs import job
 from renorm_lab.recipes.microbatch import Microbatch
 from renorm_lab.recipes.range import Range
+from renorm_lab.recipes.workers import Workers
 from renorm_lab.training.ranks import Share, make_fabric, share_of
 
 from .test_parts import run
@@ -69,8 +70,12 @@ def torchrun(number: int, recipe: Microbatch | Range, stderr: int | None = None)
     ]  # fmt: skip
     if isinstance(recipe, Microbatch):
         options.append(f"--forward-size={recipe.forward_size or 'null'}")
+    return start(number, recipe.name, options, stderr)
+
+
+def start(number: int, name: str, options: list[str], stderr: int | None = None) -> subprocess.Popen[bytes]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
-    return subprocess.Popen([*launcher, "-m", "renorm_lab", "run", recipe.name, *options], stderr=stderr)
+    return subprocess.Popen([*launcher, "-m", "renorm_lab", "run", name, *options], stderr=stderr)
 
 
 def losses(folder: Path) -> list[float]:
@@ -110,6 +115,26 @@ def test_ranks_give_the_result_of_one_process(
     assert len(expected) == 2 * len(together.group_sizes)
     torch.testing.assert_close(weights(together.folder), expected, rtol=1e-9, atol=1e-10)
     assert losses(together.folder) == pytest.approx(losses(alone.folder), rel=1e-6)  # of float32 logits
+
+
+@pytest.mark.slow
+def test_ranks_with_classes_of_their_own_give_the_result_of_one_process(tmp_path: Path):
+    """Every rank holds half of the classes: their statistics are its own, those of the other column are all ranks'."""
+    alone = Workers(
+        methods=("batch_norm", "batch_renorm", "batch_renorm_unlimited", "group_norm"), classes_per_worker=(5,),
+        frozen_shares=(0.5,), seeds=1, steps=12, workers=1, save_weights=True, logger="none", precision="64-true",
+        out=tmp_path / "alone",
+    )  # fmt: skip
+    job.carry_out(alone, "")
+    options = [
+        "--methods", str(list(alone.methods)), "--classes-per-worker=[5]", "--frozen-shares=[0.5]", "--seeds=1",
+        "--steps=12", "--save-weights=true", "--logger=none", "--precision=64-true", f"--out={tmp_path / 'together'}",
+    ]  # fmt: skip
+    assert start(2, alone.name, options).wait(300) == 0
+    expected = weights(alone.folder)
+    assert len(expected) == 5 * 2
+    torch.testing.assert_close(weights(tmp_path / "together"), expected, rtol=1e-9, atol=1e-10)
+    assert measures(tmp_path / "together") == pytest.approx(measures(alone.folder), rel=1e-6)
 
 
 @pytest.mark.slow
