@@ -51,7 +51,7 @@ class Workers(Recipe):
     )  # fmt: skip
     model: str | None = "plain8"
     steps: PositiveInt = 600
-    momentum: OpenUnitInterval = 0.01
+    momentum: OpenUnitInterval = 0.1  # of Limits.over(600), as for users of the library
     lr: PositiveFloat = 0.1
     classes_per_worker: tuple[PositiveInt, ...] = (1, 2)
     examples_per_class: PositiveInt = 4
