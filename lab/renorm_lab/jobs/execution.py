@@ -16,6 +16,7 @@ from ..errors import LabError
 from ..recipe import Recipe
 from ..runs import Result, Run
 from ..training.train import train
+from .memory import return_memory
 from .worker import start_worker, train_in_worker
 
 Keep = Callable[[Run, Result], None]
@@ -46,6 +47,7 @@ def run_here(runs: Sequence[Run], dataset: Dataset, recipe: Recipe, keep: Keep, 
 
         with _naming(run), _one_thread():
             result = train(run, dataset, recipe, progress)
+            return_memory()
         keep(run, result)
 
 

@@ -15,6 +15,7 @@ from ..data import Dataset
 from ..recipe import Recipe
 from ..runs import Result, Run
 from ..training.train import train
+from .memory import return_memory
 
 
 class _Worker(NamedTuple):
@@ -66,7 +67,9 @@ def train_in_worker(run: Run, index: int) -> Result:
         if stop.value:
             raise StoppedError
 
-    return train(run, dataset, recipe, progress)
+    result = train(run, dataset, recipe, progress)
+    return_memory()
+    return result
 
 
 def _die_with_parent() -> None:
