@@ -41,11 +41,12 @@ docs: setup ## the documentation's site, in build/site
 sanitize: ## the C++ kernels' own tests, plain and under the address, undefined-behaviour and thread sanitizers
 	$(MAKE) -s -C csrc/tests all
 
-bench: setup ## about 45 minutes; then the tables and figures of docs/benchmarks.md
+bench: setup ## about an hour; then the tables and figures of docs/benchmarks.md
 	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/workers.py
+	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/report.py
 
 bench-regression: setup ## ratio of times to another commit: make bench-regression BASE=main

@@ -9,11 +9,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from csvfiles import Row
 
 # A step times its own parts, as {"forward": ..., "backward": ...}, in seconds.
 Step = Callable[[], dict[str, float]]
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Samples:
         }
 
 
-def interleave(steps: Mapping[str, Step], budget: Budget) -> dict[str, Samples]:
+def interleave(steps: Mapping[Name, Step], budget: Budget) -> dict[Name, Samples]:
     """Time contenders round by round, so that whatever disturbs the machine disturbs all of them.
 
     Args:

@@ -6,7 +6,7 @@ python benchmarks/report.py [--results benchmarks/results] [--docs docs]
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from string import Template
 
@@ -17,25 +17,21 @@ from plots import plot_copies, plot_models
 from ratios import select
 
 _HERE = Path(__file__).parent
+_SUITES = ("layers", "models", "memory", "workers", "workers-cost", "export")
 _EXAMPLE_MB = 8  # the size whose page faults the page shows
 
 
-def page(
-    layers: list[Row], models: list[Row], memory: list[Row], workers: list[Row], costs: list[Row], machine: Row
-) -> str:
+def page(results: Mapping[str, list[Row]], machine: Row) -> str:
     """The page of the documentation.
 
     Args:
-        layers: rows of layers.csv.
-        models: rows of models.csv.
-        memory: rows of memory.csv.
-        workers: rows of workers.csv.
-        costs: rows of workers-cost.csv.
+        results: rows of each result file, by its name.
         machine: what layers.csv was measured on.
 
     Returns:
         The page, in Markdown.
     """
+    layers, models, memory, workers, costs, exports = (results[name] for name in _SUITES)
     core = {str(row["shape"]): float(row["megabytes"]) for row in layers if row["variant"] == "norm+residual"}
     example = min(core, key=lambda shape: abs(core[shape] - _EXAMPLE_MB))
     return Template((_HERE / "page.md").read_text(encoding="utf-8")).substitute(
@@ -55,6 +51,7 @@ def page(
         other_models=_with_more_threads(tables.model_table, models),
         workers=tables.worker_table(workers),
         workers_cost=tables.cost_table(costs),
+        export=tables.export_table(exports),
     )
 
 
@@ -78,13 +75,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=_HERE / "results", help="folder of the CSV files")
     parser.add_argument("--docs", type=Path, default=_HERE.parent / "docs", help="folder of the page and its figures")
     options = parser.parse_args()
-    names = ("layers", "models", "memory", "workers", "workers-cost")
-    layers, models, memory, workers, costs = (read_rows(options.results / f"{name}.csv") for name in names)
-    print(tables.bar_table(all_bars(layers, models, memory, workers)))
-    plot_copies(options.docs / "figures" / "copies.png", layers)
-    plot_models(options.docs / "figures" / "models.png", models)
+    results = {name: read_rows(options.results / f"{name}.csv") for name in _SUITES}
+    print(tables.bar_table(all_bars(*(results[name] for name in ("layers", "models", "memory", "workers")))))
+    plot_copies(options.docs / "figures" / "copies.png", results["layers"])
+    plot_models(options.docs / "figures" / "models.png", results["models"])
     machine = read_machine(options.results / "layers-machine.csv")
-    text = page(layers, models, memory, workers, costs, machine)
+    text = page(results, machine)
     replace_file(options.docs / "benchmarks.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,27 @@ def eval_step(layer: nn.Module, x: Tensor) -> Step:
         start = time.perf_counter()
         layer(x)
         return {"forward": time.perf_counter() - start}
+
+    return step
+
+
+def warm_step(call: Callable[[], object]) -> Step:
+    """A call without gradients, in caches that another one before it has filled, whatever ran before that.
+
+    Args:
+        call: what is timed, by the processor's time in this process, which leaves out what others take from it; runs on
+            one thread.
+
+    Returns:
+        A step with the part step.
+    """
+
+    @torch.inference_mode()
+    def step() -> dict[str, float]:
+        call()
+        start = time.process_time()
+        call()
+        return {"step": time.process_time() - start}
 
     return step
 

@@ -152,3 +152,21 @@ def cost_table(costs: list[Row]) -> str:
     ]  # fmt: skip
     header = ["network", "workers", "gradients", "sync=running", "sync=batch", "its collectives"]
     return markdown(header, lines)
+
+
+def export_table(exports: list[Row]) -> str:
+    """What an example weight costs at inference, by network, batch and runtime."""
+    lines = []
+    for weighted in select(exports, contender=c.OURS_WEIGHTED):
+        case = {name: weighted[name] for name in ("network", "batch", "size", "runtime")}
+        rows = [*(select(exports, contender=name, **case)[0] for name in (c.BATCH_NORM, c.OURS)), weighted]
+        lines.append([
+            f"{case['network']}, {case['batch']}x{case['size']}x{case['size']}", str(case["runtime"]),
+            *(_number(float(row["median_ms"])) for row in rows), _number(float(weighted["ratio"])),
+            f"{float(weighted['lower_quartile_ratio']):.2f} to {float(weighted['upper_quartile_ratio']):.2f}",
+            *(" / ".join(str(row[column]) for row in rows[1:]) if weighted[column] != "" else _MISSING
+              for column in ("nodes", "optimized_nodes")),
+        ])  # fmt: skip
+    header = ["network, input", "runtime", f"{c.BATCH_NORM}, ms", "alpha = 0, ms", "alpha = 0.1, ms",
+              "0.1 over 0", "quartiles", "nodes, 0 / 0.1", "optimized, 0 / 0.1"]  # fmt: skip
+    return markdown(header, lines, texts=(0, 1, 6))

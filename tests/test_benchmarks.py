@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -118,9 +120,36 @@ def test_a_regression_is_the_ratio_of_medians_of_alternating_visits() -> None:
     assert all(set(visits[turn : turn + 2]) == {"base", "head"} for turn in range(0, len(visits), 2))
 
 
+def test_ratios_of_inference_are_those_of_a_round() -> None:
+    from export import ratio
+    from harness import Samples
+
+    ours, weighted = (Samples({"step": times}) for times in ([1.0, 10.0, 2.0], [3.0, 20.0, 2.0]))
+    assert ratio(weighted, ours) == {"ratio": 2.0, "lower_quartile_ratio": 1.0, "upper_quartile_ratio": 3.0}
+
+
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
+def test_exported_contenders_compute_the_same_and_only_a_weight_needs_nodes() -> None:
+    import contenders
+    import export
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    nodes = {}
+    for name, change in export.CONTENDERS.items():
+        ours = change(copy.deepcopy(model))
+        file = export.exported(ours, x[:2], threads=1)
+        with torch.no_grad():
+            assert_close(file(x), ours(x), atol=1e-5, rtol=1e-5)
+        nodes[name] = file.nodes
+    assert nodes[contenders.OURS] == nodes[contenders.BATCH_NORM] == 2  # batch norm is inside the convolution
+    assert nodes[contenders.OURS_WEIGHTED] > 10
+
+
 @pytest.mark.slow
 def test_every_script_runs_from_measuring_to_the_page(tmp_path: Path) -> None:
-    for script in ("layers", "models", "memory", "workers"):
+    for script in ("layers", "models", "memory", "workers", "export"):
         run(script, "--quick", "--out", str(tmp_path))
     printed = run("report", "--results", str(tmp_path), "--docs", str(tmp_path / "docs"))
     assert "BatchRenorm2d / plain code" in printed
