@@ -27,6 +27,7 @@ class Workers(Recipe):
         classes_per_worker: classes that share statistics, which divide all of them; a column of the table each.
         examples_per_class: examples of each class in a minibatch.
         group_size: examples that share statistics in batch-group norm.
+        own_lr: learning rates of methods that have one of their own, by name of the method.
         synchronized: whether the table has the column of statistics over all classes.
         frozen_shares: rows of batch norm that is frozen to its running statistics for this share of the training, at
             its end (Wu & Johnson 2021).
@@ -56,6 +57,7 @@ class Workers(Recipe):
     classes_per_worker: tuple[PositiveInt, ...] = (1, 2)
     examples_per_class: PositiveInt = 4
     group_size: PositiveInt = 2
+    own_lr: dict[MethodName, PositiveFloat] | None = None
     synchronized: bool = True
     frozen_shares: tuple[OpenUnitInterval, ...] = (0.1, 0.5)
 
@@ -79,7 +81,7 @@ class Workers(Recipe):
                 dataset, method, self.group_size if method == "batch_group_norm" else shared, label=label,
                 regime=regime, seed=seed, batch_size=classes * examples, classes_per_batch=classes,
                 examples_per_class=examples, order="class", measures="like training+training batches",
-                **change,
+                lr=(self.own_lr or {}).get(method, self.lr), **change,
             )
             for method, label, change in rows
             for regime, shared in columns.items()
