@@ -7,16 +7,32 @@ OUT ?= runs
 
 .PHONY: setup demo test test-slow sanitize lint types docs bench bench-regression gpu gpu-packages clean
 
-setup: $(VENV)/.ready
+# uv installs, from PATH or else the registry; pip where uv is not to be had, or knows less than pip of where packages are.
+UV = $(shell PATH="$$PATH:$(BIN)"; command -v uv)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL = install() { $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt $(AFRESH) "$$@" || )\
+	$(PIP) "$$@"; }; install
 
-# The kernels are built against the torch of this environment, so it comes first.
-$(VENV)/.ready: pyproject.toml lab/pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h)
+# The environment in two parts: what a user needs, and what tests, checks and documents need besides.
+setup: $(VENV)/.tools
+
+$(VENV)/.empty:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools ninja
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]" -e ./lab
+	command -v uv > /dev/null || $(PIP) uv || true
 	touch $@
 
-demo: setup ## two experiments on digits, three seeds: what batch norm does to workers with classes of their own, and to few examples
+# The kernels are built against the torch of this environment, so it comes first.
+$(VENV)/.lab: AFRESH = --reinstall-package renorm  # uv would take what it built before
+$(VENV)/.lab: pyproject.toml lab/pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h) | $(VENV)/.empty
+	$(INSTALL) torch setuptools ninja
+	$(INSTALL) --no-build-isolation -e . -e ./lab
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.lab
+	$(INSTALL) "renorm[dev]"
+	touch $@
+
+demo: $(VENV)/.lab ## two experiments on digits, three seeds: what batch norm does to workers with classes of their own, and to few examples
 	$(BIN)/renorm run workers --methods '[batch_norm, batch_renorm_unlimited, group_norm]' --classes-per-worker '[1]' \
 		--frozen-shares '[0.5]' --out $(OUT)/workers-digits
 	$(BIN)/renorm run microbatch --out $(OUT)/microbatch-digits

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
-from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools import __version__, setup
+
+OLDEST = 77  # as pyproject.toml says, which pip does not look at with --no-build-isolation
+if int(__version__.partition(".")[0]) < OLDEST:
+    sys.exit(f'renorm: setuptools {__version__} is too old to build it: pip install "setuptools>={OLDEST}"')
+
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+
+# With ninja several processors compile, and an environment that is not activated has its scripts not on PATH.
+os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", "")
 
 
 def without_kernels(reason: object) -> None:

@@ -1,4 +1,5 @@
-// The entry points of one instruction set. Included by kernels_*.cpp once the compiler is told which.
+// The entry points of one instruction set. Included by kernels_*.cpp once the compiler is told which; forward and backward
+// are compiled apart, so that several processors share the work.
 
 #define RENORM_LAMBDA __attribute__((always_inline))
 
@@ -96,9 +97,10 @@ void run(const P& problem) {
   return with_act<P, Other>(problem);
 }
 
-#define RENORM_INSTANTIATE(T)              \
-  template void run(const Forward<T>&);    \
-  template void run(const Backward<T>&);
+#ifndef RENORM_PROBLEM
+#define RENORM_PROBLEM Forward
+#endif
+#define RENORM_INSTANTIATE(T) template void run(const RENORM_PROBLEM<T>&);
 RENORM_FOR_ELEMENTS(RENORM_INSTANTIATE)
 
 }  // namespace RENORM_ISA

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import renorm
+from renorm import __main__ as command
 from renorm import doctor as module
 from renorm import selftest as selftesting
 from renorm.__main__ import main
@@ -41,11 +42,73 @@ def copied(tmp_path: Path) -> Path:
     return target
 
 
+@pytest.fixture
+def without_the_lab(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "entry_points", lambda group: ())
+
+
+def with_a_lab(monkeypatch: pytest.MonkeyPatch, lab: object) -> None:
+    """Another distribution that adds to the command; what it brings may be an error."""
+
+    class Entry:
+        def load(self) -> object:
+            if isinstance(lab, BaseException):
+                raise lab
+            return lab
+
+    monkeypatch.setattr(command, "entry_points", lambda group: (Entry(),) if group == "renorm.commands" else ())
+
+
+@pytest.mark.usefixtures("without_the_lab")
 def test_without_arguments_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     text = capsys.readouterr().out
     assert "doctor" in text
-    assert "pip install . ./lab" in text
+    assert "pip install ./lab" in text
+
+
+@pytest.mark.usefixtures("without_the_lab")
+def test_commands_of_the_lab_say_what_to_install_where_it_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "microbatch"])
+    assert "run is no command of the library" in capsys.readouterr().err
+
+
+def test_the_lab_is_handed_all_but_the_library_s_commands(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handed: list[list[str]] = []
+    with_a_lab(monkeypatch, lambda arguments: handed.append(arguments) or 3)
+    assert main(["run", "microbatch"]) == main(["--help"]) == main([]) == 3
+    assert handed == [["run", "microbatch"], ["--help"], []]
+    assert main(["doctor"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.endswith(f"renorm {renorm.__version__}\n")
+
+
+def test_a_lab_that_lacks_something_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_a_lab(monkeypatch, ModuleNotFoundError("No module named 'lightning'"))
+    assert main(["list"]) == 1
+    assert capsys.readouterr().err.startswith("renorm: error: the lab is not complete (No module named 'lightning')")
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_a_lab(monkeypatch, KeyboardInterrupt())
+    assert main(["list"]) == 130
+
+
+def test_a_reader_that_has_seen_enough_is_no_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "renorm", "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == 1
 
 
 def test_with_the_extension_everything_works(

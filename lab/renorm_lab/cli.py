@@ -111,7 +111,8 @@ def _scale(arguments: Sequence[str]) -> tuple[Scale | None, list[str]]:
 def _parser(scale: Scale | None) -> ArgumentParser:
     # Parsers of commands take over the formatter.
     description = "Experiments with normalization layers, and a look at those of a model."
-    parser = ArgumentParser(prog="renorm", description=description, formatter_class=_HelpFormatter)
+    epilog = "The library's own: renorm doctor says whether this installation works; renorm --version."
+    parser = ArgumentParser(prog="renorm", description=description, epilog=epilog, formatter_class=_HelpFormatter)
     commands = parser.add_subcommands(dest="command", title="commands", metavar="COMMAND")
     run = ArgumentParser(description="Train, evaluate and report; an interrupted job continues where it was.")
     commands.add_subcommand("run", run, help="run a recipe")

@@ -2,4 +2,4 @@
 
 
 class LabError(Exception):
-    """Something outside the program is wrong: an option, a file, a process. The message is one line."""
+    """Something outside the program is wrong: an option, a file, a process. The message is one line, or a list."""

@@ -140,3 +140,23 @@ def test_unreadable_image_is_named(tmp_path: Path):
     (tmp_path / "a" / "0.png").write_bytes(b"nothing")
     with pytest.raises(LabError, match=r"0\.png"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("size", [16, 128])  # in memory, and in their files
+def test_all_unreadable_images_are_named_at_once_up_to_a_number(size: int, tmp_path: Path):
+    save_images(tmp_path / "train", ["a", "b"], images=30)
+    save_images(tmp_path / "test", ["a", "b"])
+    bad = [tmp_path / "train" / "a" / f"{index}.png" for index in range(18)] + [tmp_path / "test" / "b" / "0.png"]
+    for path in bad:
+        path.write_bytes(b"nothing")
+    with pytest.raises(LabError) as raised:
+        load_dataset(str(tmp_path), Path("nowhere"), size)
+    first, *lines = str(raised.value).splitlines()
+    assert first == "19 images cannot be read:"
+    assert {line.strip().partition(": ")[0] for line in lines} == {str(path) for path in bad}
+    for path in (tmp_path / "train" / "b").iterdir():
+        path.write_bytes(b"nothing")
+    with pytest.raises(LabError, match="49 images cannot be read:") as raised:
+        load_dataset(str(tmp_path), Path("nowhere"), size)
+    assert str(raised.value).splitlines()[-1] == "  and 29 more"
+    assert len(str(raised.value).splitlines()) == 22

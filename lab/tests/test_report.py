@@ -30,11 +30,13 @@ from renorm_lab.report.folders import Folder, read_folder
 from renorm_lab.report.intervals import Difference, difference
 from renorm_lab.report.kinds import Claim
 from renorm_lab.report.page import report
+from renorm_lab.report.tables import tally
 from renorm_lab.runs import Result, Run
 
 from .conftest import at_scale
 
 ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.skipif(not (ROOT / "results").exists(), reason="an sdist holds no results")
 COMMITTED = (
     "noniid-digits", "noniid-digits-lr0.02", "microbatch-digits", "noniid-cifar100", "microbatch-cifar100",
     "noniid-classes-cifar100", "smallbatch-cifar100", "weigh-cifar100", "ghost-cifar100", "decay-cifar100",
@@ -443,6 +445,18 @@ def test_losses_are_to_the_best_method_of_each_regime_and_the_safest_comes_first
     report([tmp_path / "folder"], tmp_path / "report")
     for name in ("report.html", "report.md"):
         assert "What each method loses" in (tmp_path / "report" / name).read_text()
+
+
+def test_the_tally_can_be_read_without_the_tables(tmp_path: Path):
+    folders = [read_folder(ROOT / "results" / name) for name in ("microbatch-cifar100", "noniid-cifar100")]
+    sentence = tally([comparison for folder in folders for comparison in compare(folder)])
+    said = re.fullmatch(r"(\d+) of the papers' \d+ claims are tested here, by (\d+) comparisons: (.*)\.", sentence)
+    assert said is not None
+    assert int(said[1]) < int(said[2])
+    outcomes = said[3].split("; ")
+    assert sum(int(outcome.partition(" ")[0]) for outcome in outcomes) == int(said[2])
+    assert any(outcome.endswith("undecided, as one seed is not enough to tell") for outcome in outcomes)
+    assert tally([]).startswith("None of the papers' ")
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

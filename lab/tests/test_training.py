@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -19,10 +20,11 @@ from renorm_lab.jobs import job
 from renorm_lab.networks.models import mlp
 from renorm_lab.recipes.noniid import NonIid
 from renorm_lab.runs import Precision
-from renorm_lab.training import loggers
+from renorm_lab.training import loggers, train
 from renorm_lab.training.ranks import make_fabric
 from renorm_lab.training.train import backward
 
+from .conftest import arrays
 from .test_job import rows
 
 
@@ -69,6 +71,26 @@ def test_same_command_gives_the_same_results(short: NonIid, tmp_path: Path):
     job.carry_out(again, "")
     assert rows(short.folder) == rows(again.folder)
     assert (short.folder / "curves.csv").read_text() == (again.folder / "curves.csv").read_text()
+
+
+@pytest.mark.parametrize("model", ["resnet8", "plain8"])
+def test_what_makes_larger_images_faster_changes_no_result_but_by_rounding(
+    model: str, short: NonIid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    np.savez(tmp_path / "large.npz", **arrays(size=32))
+    fast = replace(
+        short, data=str(tmp_path / "large.npz"), model=model, steps=3, precision="64-true", save_weights=True
+    )
+    slow = replace(fast, out=tmp_path / "slow")
+    job.carry_out(fast, "")
+    monkeypatch.setattr(train, "_LARGE", 33)
+    job.carry_out(slow, "")
+    assert rows(fast.folder)
+    for file in sorted((slow.folder / "weights").iterdir()):
+        there, here = (torch.load(folder / "weights" / file.name) for folder in (slow.folder, fast.folder))
+        assert list(there) == list(here)
+        for name, value in there.items():
+            torch.testing.assert_close(here[name], value, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])

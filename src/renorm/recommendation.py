@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from html import escape
 from textwrap import fill
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from .conversion.convert import convert
 from .layers import BatchGroupNorm, BatchRenorm
 from .limits import Limits
+from .markup import bullets
 from .norm import Norm
 
 _ENOUGH = 16  # independent examples that share statistics, with which nothing gained on batch norm
@@ -112,10 +114,15 @@ class Recommendation:
         return model if self.layer is None else convert(model, self.layer, **self.options)
 
     def __str__(self) -> str:
-        lines = [self._conversion(), *fill(self.why, _WIDTH).splitlines()]
-        if self.weigh:
-            lines.insert(1, "renorm.weigh(model, validation)  # once it is trained")
-        return "\n".join([*lines, *(f"- {evidence}" for evidence in self.evidence)])
+        return "\n".join([self._what(), fill(self.why, _WIDTH), *(f"- {evidence}" for evidence in self.evidence)])
+
+    def _repr_html_(self) -> str:
+        evidence = bullets(" ".join(str(evidence).split()) for evidence in self.evidence)
+        return f"<pre>{escape(self._what())}</pre><p>{escape(self.why)}</p>{evidence}"
+
+    def _what(self) -> str:
+        weighing = "\nrenorm.weigh(model, validation)  # once it is trained" if self.weigh else ""
+        return self._conversion() + weighing
 
     def _conversion(self) -> str:
         if self.layer is None:

@@ -695,3 +695,11 @@ def test_limits_of_another_type_are_refused_and_the_model_is_as_it_was(limits: o
     with pytest.raises(TypeError, match=r"cannot convert '0': limits must be renorm.Limits, as Limits.over"):
         renorm.convert(model, renorm.BatchRenorm, limits=limits)
     assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_a_model_with_our_layers_is_fused_without_a_warning() -> None:
+    model = nn.Sequential(renorm.BatchRenorm1d(3), nn.ReLU())
+    reports: list[renorm.ConversionReport] = []
+    renorm.convert(model, renorm.Norm, where=lambda *_: False, fuse=True, report=reports.append)
+    assert len(reports[0].fused) == 1
+    assert not reports[0].replaced

@@ -386,6 +386,8 @@ def test_layers_that_need_different_example_weights_get_them(per: Any) -> None:
     assert found.alphas == {"first.0": model.first[0].example_weight, "second.0": model.second[0].example_weight}
     assert found.alphas["first.0"] > found.alphas["second.0"] + 0.2
     assert "example weights of their own gains" in str(found)
+    assert str(found).splitlines()[-1] == f"{found.alphas['second.0']:6.3f}  second.0"
+    assert f"<td>second.0</td><td>{found.alphas['second.0']:.3f}</td>" in found._repr_html_()
     assert found.passes <= 8 + 2 * 4 + 1
 
 
@@ -447,6 +449,13 @@ def test_a_table_of_the_curve_can_be_written(dependent: nn.Module, tmp_path: Pat
     assert [float(row["alpha"]) for row in rows if row["data"] == "all"] == [point.alpha for point in found.curve]
     assert len(rows) == len(found.curve) + len(found.grid)
     assert list(tmp_path.iterdir()) == [tmp_path / "curve.csv"]
+
+
+def test_a_notebook_gets_the_verdict_and_the_curve(dependent: nn.Module) -> None:
+    found = renorm.weigh(copy.deepcopy(dependent), LOADER)
+    html = found._repr_html_()
+    assert html.startswith(f"<p>{str(found).splitlines()[-1]}</p><table>")
+    assert html.count("<tr>") == 1 + len(found.curve)
 
 
 def test_the_curve_can_be_drawn(dependent: nn.Module) -> None:

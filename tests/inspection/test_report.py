@@ -46,6 +46,23 @@ def test_a_notebook_gets_tables_with_headers(found: renorm.Inspection) -> None:
     assert html.count("<table>") == 2
     assert html.count("<tr>") == 2 + len(found.modes) + len(found.layers)
     assert html.count("<li>") == len(found.findings)
+    assert html.index("</ul>") < html.index("<table>")
+
+
+def test_a_notebook_has_every_layer_marked_that_a_finding_is_about() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    data = torch.randn(400, 3).split(40)
+    renorm.estimate(model, data)
+    model[0].running_mean.fill_(9.0)
+    model[1].running_mean.fill_(5.0)
+    found = renorm.inspect(model, data)
+    shift = next(finding for finding in found.findings if finding.measure == "shift")
+    assert shift.layers[0] == "0"
+    assert "1" in shift.others
+    marked = {name for finding in found.findings for name in finding.layers}
+    html = found._repr_html_()
+    for name in ("0", "1", "2"):
+        assert (f"<td><mark>{name}</mark></td>" in html) == (name in marked)
 
 
 def test_the_table_has_a_row_for_each_layer(found: renorm.Inspection, tmp_path: Path) -> None:

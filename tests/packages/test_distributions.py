@@ -105,7 +105,7 @@ def test_the_sdist_holds_what_builds_and_tests_the_project(sdist: Path) -> None:
     assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= names
     assert {"LICENSE", "CHANGELOG.md", "constraints.txt", "csrc/tests/Makefile"} <= names
     assert {"tests/conftest.py", "lab/pyproject.toml", "lab/renorm_lab/cli.py", "lab/tests/conftest.py"} <= names
-    assert not any(name.endswith((".so", ".pyc")) for name in names)
+    assert not any(name.endswith((".so", ".pyc")) or "results/" in name for name in names)
 
 
 @pytest.mark.parametrize("kind", ["kernels", "universal"])
@@ -137,11 +137,11 @@ def test_the_labs_wheel_holds_the_lab_alone(lab_wheel: Path) -> None:
 
 def test_the_command_renorm_comes_with_the_lab(lab_wheel: Path, wheels: dict[str, Path], tmp_path: Path) -> None:
     library = fresh_environment(tmp_path / "library", sys.executable, wheels["universal"])
-    assert not library.with_name("renorm").exists()
-    assert "pip install . ./lab" in printed(library, "-m", "renorm")
+    assert "pip install ./lab" in printed(library.with_name("renorm"))
     both = fresh_environment(tmp_path / "both", sys.executable, wheels["universal"], lab_wheel)
     command = both.with_name("renorm")
     assert "report" in printed(command, "--help")
+    assert printed(command, "--version") == f"renorm {renorm.__version__}"
     assert "microbatch" in printed(command, "list")
     out = tmp_path / "microbatch"
     printed(command, "run", "microbatch", "--scale=tiny", "--steps=2", "--methods=[batch_norm]", f"--out={out}")

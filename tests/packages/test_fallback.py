@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -26,3 +29,15 @@ def test_building_goes_on_without_kernels_and_says_so_in_a_line(lacking: str, tm
         assert "Root-Is-Purelib: true" in archive.read(tags).decode()
         assert "renorm/norm.py" in archive.namelist()
         assert not any("_kernels" in name for name in archive.namelist())
+
+
+def test_a_setuptools_that_is_too_old_is_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "setuptools").mkdir()
+    (tmp_path / "setuptools" / "__init__.py").write_text("__version__ = '76.1.0'\ndef setup(): ...\n")
+    source = copy_source(tmp_path / "source")
+    run = subprocess.run(
+        [sys.executable, "setup.py"], cwd=source, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert run.stderr == 'renorm: setuptools 76.1.0 is too old to build it: pip install "setuptools>=77"\n'

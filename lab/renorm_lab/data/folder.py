@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,11 +40,13 @@ def read_folder(path: Path, image_size: int) -> Dataset:
     held = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
     if held is None:
         raise LabError(f"{path}: has a train folder, but neither test nor val")
-    for_training, classes = read_tree(path / "train", image_size)
-    for_testing, test_classes = read_tree(held, image_size)
-    if classes != test_classes:
-        odd = sorted(set(classes) ^ set(test_classes))
+    train, test = _found(path / "train"), _found(held)
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
         raise LabError(f"{path}: class {odd[0]} is not in both train and {held.name}")
+    everything = _read([*train.samples, *test.samples], image_size)  # in one, so that all bad files are told together
+    parts = range(len(train)), range(len(train), len(everything))
+    for_training, for_testing = (everything.subset(list(part)) for part in parts)
     return split_validation(for_training, for_testing, str(path))
 
 
@@ -59,14 +63,23 @@ def read_tree(path: Path, image_size: int) -> tuple[Part, list[str]]:
     Raises:
         LabError: there is no class, one is empty, or an image cannot be read.
     """
+    found = _found(path)
+    return _read(found.samples, image_size), found.classes
+
+
+def _found(path: Path) -> Any:
+    """The images of a tree as torchvision finds them."""
     from torchvision.datasets import ImageFolder
 
     try:
-        found = ImageFolder(str(path))
+        return ImageFolder(str(path))
     except FileNotFoundError as error:  # no class folder, or an empty one
         raise LabError(f"{path}: {' '.join(str(error).split())}") from None
-    files = ImageFiles([Path(name) for name, _ in found.samples], image_size)
-    return files_part(files, [label for _, label in found.samples]), found.classes
+
+
+def _read(samples: Sequence[tuple[str, int]], image_size: int) -> Part:
+    files = ImageFiles([Path(name) for name, _ in samples], image_size)
+    return files_part(files, [label for _, label in samples])
 
 
 def files_part(files: ImageFiles, labels: list[int]) -> Part:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ..errors import LabError
+
+_NAMED = 20  # files that cannot be read, as many as a screen shows; the others are counted
+_UNREADABLE = OSError, SyntaxError, ValueError, Image.DecompressionBombError  # what PIL raises at bytes that are wrong
+
+_Read = TypeVar("_Read")
 
 
 class ImageFiles:
@@ -58,7 +63,7 @@ class ImageFiles:
         try:
             with Image.open(path) as image:
                 cut: Tensor = _cut(self.size, augment)(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        except _UNREADABLE as error:
             raise LabError(f"{path}: {' '.join(str(error).split())}") from None
         return cut
 
@@ -72,21 +77,41 @@ class ImageFiles:
             (N, 3, size, size), uint8.
 
         Raises:
-            LabError: one cannot be read.
+            LabError: some cannot be read; it names them.
         """
-        return torch.stack([self.image(index, augment=False) for index in indices])
+        return torch.stack(_all(lambda index: self.image(index, augment=False), indices))
 
     def check(self) -> None:
         """Open every file, as far as its header.
 
         Raises:
-            LabError: one is no image.
+            LabError: some are no images; it names them.
         """
-        for path in self.paths:
-            try:
-                Image.open(path).close()
-            except (OSError, UnidentifiedImageError) as error:
-                raise LabError(f"{path}: {' '.join(str(error).split())}") from None
+        _all(self._open, range(len(self)))
+
+    def _open(self, index: int) -> None:
+        path = self.paths[index]
+        try:
+            Image.open(path).close()
+        except _UNREADABLE as error:
+            raise LabError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _all(read: Callable[[int], _Read], indices: Sequence[int]) -> list[_Read]:
+    """What is read at all indices, or one error that tells of every file that cannot be."""
+    found, wrong = [], []
+    for index in indices:
+        try:
+            found.append(read(index))
+        except LabError as error:
+            wrong.append(str(error))
+    if len(wrong) == 1:
+        raise LabError(wrong[0])
+    if wrong:
+        more = [f"and {len(wrong) - _NAMED} more"] if len(wrong) > _NAMED else []
+        listed = "".join(f"\n  {line}" for line in (*wrong[:_NAMED], *more))
+        raise LabError(f"{len(wrong)} images cannot be read:{listed}")
+    return found
 
 
 def _cut(size: int, augment: bool) -> Callable[[Any], Tensor]:

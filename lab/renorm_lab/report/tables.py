@@ -13,6 +13,12 @@ from .claims import CLAIMS
 from .compare import LEVEL, Beside, Comparison, Verdict
 from .kinds import Claim
 
+_IN_A_SENTENCE = {
+    Verdict.CONFIRMED: "confirmed",
+    Verdict.OPPOSITE: "contradicted",
+    Verdict.OPEN: "undecided, as the seeds differ by too much",
+    Verdict.ONE_SEED: "undecided, as one seed is not enough to tell",
+}
 NEAR = 2.0  # points by which an accuracy may differ from the paper's before the report names it
 
 
@@ -138,9 +144,12 @@ def tally(comparisons: Sequence[Comparison]) -> str:
         A sentence.
     """
     found = Counter(comparison.verdict for comparison in comparisons)
-    outcomes = ", ".join(f"{found[verdict]} {verdict}" for verdict in Verdict if verdict in found) or "none"
+    outcomes = [f"{found[verdict]} {words}" for verdict, words in _IN_A_SENTENCE.items() if verdict in found]
     tested, claims = ({claim.text for claim in some} for some in ((test.claim for test in comparisons), CLAIMS))
-    return f"{len(tested)} of the papers' {len(claims)} claims are tested, some more than once: {outcomes}."
+    if not tested:
+        return f"None of the papers' {len(claims)} claims is tested here."
+    number = f"{len(comparisons)} comparison{'s' if len(comparisons) > 1 else ''}"
+    return f"{len(tested)} of the papers' {len(claims)} claims are tested here, by {number}: {'; '.join(outcomes)}."
 
 
 def disagreements(comparisons: Iterable[Comparison], pairs: Iterable[Beside]) -> list[str]:

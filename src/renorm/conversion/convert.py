@@ -175,7 +175,7 @@ def _warn(report: ConversionReport, fuse: bool) -> None:
             f"out by where=...):\n  {rows}",
             stacklevel=3,
         )
-    elif not report.replaced:
+    elif not report.replaced and not report.fused:  # with our layers in the model, fusing may be all that was wanted
         warnings.warn(
             "convert found no batch norm layer to replace: look at print(model) and at `where`; replaced are "
             "nn.BatchNorm, nn.SyncBatchNorm, timm's BatchNormAct2d and, for BatchGroupNorm, nn.GroupNorm",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING
 
 from ..files import save_csv
+from ..markup import table
 from .scores import Interval
 
 if TYPE_CHECKING:
@@ -65,20 +67,31 @@ class Weighing:
 
     def __str__(self) -> str:
         rows = [f"{p.alpha:14.3f}  {p.score.mean:9.4f}  [{p.score.low:.4f}, {p.score.high:.4f}]" for p in self.curve]
-        return "\n".join([f"example_weight  {self.metric}, {self.curve[0].examples} examples", *rows, self._verdict()])
+        own = [f"{alpha:6.3f}  {name}" for name, alpha in self._own()]
+        verdict = self._verdict() + (":" if own else "")
+        return "\n".join([f"example_weight  {self.metric}, {self.curve[0].examples} examples", *rows, verdict, *own])
+
+    def _repr_html_(self) -> str:
+        header = ["example_weight", f"{self.metric}, {self.curve[0].examples} examples", "95%"]
+        rows = [
+            [f"{p.alpha:.3f}", f"{p.score.mean:.4f}", f"{p.score.low:.4f} to {p.score.high:.4f}"] for p in self.curve
+        ]
+        own = [[name, f"{alpha:.3f}"] for name, alpha in self._own()]
+        layers = table(["layer", "example_weight"], own) if own else ""
+        return f"<p>{escape(self._verdict())}</p>{table(header, rows)}{layers}"
 
     def _verdict(self) -> str:
         gain = f"gains {self.gain.mean:.4f} (95%: {self.gain.low:.4f} to {self.gain.high:.4f})"
         now = "example weights of their own" if self.alpha is None else f"example_weight = {self.alpha:.3f}"
         if not self.is_noise:
-            own = "" if self.alpha is not None else f":\n{self._by_layer()}"
-            return f"{now} {gain}{own}"
+            return f"{now} {gain}"
         if self.gain.mean <= 0:
             return f"nothing is better than the model as it was ({now})"
         return f"the model stays as it was ({now}): the best that was found {gain}, within noise"
 
-    def _by_layer(self) -> str:
-        return "\n".join(f"{alpha:6.3f}  {name}" for name, alpha in self.alphas.items())
+    def _own(self) -> list[tuple[str, float]]:
+        """Example weights that were set, by layer, where they are different ones."""
+        return [] if self.is_noise or self.alpha is not None else list(self.alphas.items())
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the points as a table: alpha, the score, its interval, examples, and whether those are all.

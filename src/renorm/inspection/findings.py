@@ -275,7 +275,7 @@ def _fewest(layers: Sequence[LayerReport]) -> Finding | None:
         f"{least.name or '(root)'}: {number} hardly any statistics: before a further training, more examples, or "
         f"more channels together (renorm.BatchGroupNorm, fewer num_groups){others}"
     )
-    return Finding(least.name, "elements", least.elements, text)
+    return Finding(least.name, "elements", least.elements, text, _names(few, least))
 
 
 def _worst(layers: Sequence[LayerReport], check: _Check) -> Finding | None:
@@ -286,4 +286,8 @@ def _worst(layers: Sequence[LayerReport], check: _Check) -> Finding | None:
     worst = max(beyond, key=check.value)
     others = f" (and {len(beyond) - 1} of {len(layers)} layers more, less so)" if len(beyond) > 1 else ""
     text = f"{worst.name or '(root)'}: {check.text(worst)}{others}"
-    return Finding(worst.name, check.measure, check.value(worst), text)
+    return Finding(worst.name, check.measure, check.value(worst), text, _names(beyond, worst))
+
+
+def _names(layers: Iterable[LayerReport], told: LayerReport) -> tuple[str, ...]:
+    return tuple(layer.name for layer in layers if layer is not told)

@@ -107,12 +107,19 @@ class Finding:
         measure: name of the number.
         value: the number.
         text: what it means and what helps.
+        others: names of the layers that it is true of besides, less so.
     """
 
     layer: str | None
     measure: str
     value: float
     text: str
+    others: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of all layers it is about, the worst first."""
+        return () if self.layer is None else (self.layer, *self.others)
 
     def __str__(self) -> str:
         return self.text

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from html import escape
 from textwrap import wrap
 from typing import Any
 
+from ..markup import bullets, table
 from .records import Finding, LayerReport, ModeReport
 
 _LAYER_COLUMNS: tuple[tuple[str, Callable[[LayerReport], str]], ...] = (
-    ("layer", lambda layer: layer.name or "(root)"),
+    ("layer", lambda layer: _name(layer.name)),
     ("m", lambda layer: f"{layer.elements:.0f}"),
     ("r", lambda layer: f"{layer.r[0]:.2f}-{layer.r[2]:.2f}"),
     ("|d|", lambda layer: f"{layer.d_size[0]:.2f}-{layer.d_size[1]:.2f}"),
@@ -59,11 +59,9 @@ def as_html(layers: Sequence[LayerReport], modes: Sequence[ModeReport], findings
     Returns:
         The HTML.
     """
-    items = "".join(f"<li>{escape(str(finding))}</li>" for finding in findings)
-    return (
-        "".join(_html_table(header, rows) for header, rows in _tables(layers, modes))
-        + f"<p>{_LEGEND}</p><ul>{items}</ul>"
-    )
+    concerned = {_name(name) for finding in findings for name in finding.layers}
+    tables = (table(header, rows, concerned) for header, rows in _tables(layers, modes))
+    return bullets(findings) + "".join(tables) + f"<p>{_LEGEND} Marked: layers that a finding is about.</p>"
 
 
 def as_rich(layers: Sequence[LayerReport], modes: Sequence[ModeReport], findings: Sequence[Finding]) -> Any:
@@ -84,14 +82,18 @@ def as_rich(layers: Sequence[LayerReport], modes: Sequence[ModeReport], findings
 
     shown: list[Any] = []
     for header, rows in _tables(layers, modes):
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        table.add_column(header[0], overflow="fold")
+        grid = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        grid.add_column(header[0], overflow="fold")
         for name in header[1:]:
-            table.add_column(name, justify="right", no_wrap=True)
+            grid.add_column(name, justify="right", no_wrap=True)
         for row in rows:
-            table.add_row(*row)
-        shown.append(table)
+            grid.add_row(*row)
+        shown.append(grid)
     return Group(*shown, Text(_LEGEND, style="dim"), *(f"• {finding}" for finding in findings))
+
+
+def _name(layer: str) -> str:
+    return layer or "(root)"
 
 
 def _range(layer: LayerReport) -> str:
@@ -114,9 +116,3 @@ def _lines(header: list[str], rows: list[list[str]]) -> list[str]:
         numbers = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
         aligned.append("  ".join([row[0].ljust(widths[0]), *numbers]))
     return aligned
-
-
-def _html_table(header: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -1,0 +1,2 @@
+#define RENORM_PROBLEM Backward
+#include "kernels_baseline.cpp"
