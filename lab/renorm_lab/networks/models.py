@@ -53,7 +53,7 @@ def build_model(
     if name == "resnet18":
         return resnet18(channels, num_classes, norm)
     kind = name.rstrip("0123456789")
-    if kind not in ("resnet", "plain", "unet") or kind == name:
+    if kind not in ("resnet", "plain", "unet") or not name.removeprefix(kind).strip("0"):
         raise ValueError(
             f"model must be mlp, resnet18, resnetN or plainN (N = 8, 14, 20, ...), unetN, timm/NAME or "
             f"torchvision/NAME, got {name}"
