@@ -43,7 +43,7 @@ class Tiles(Recipe):
     score: ClassVar[str] = "Dice"
     scales: ClassVar[Scales] = {
         "tiny": TINY | {"methods": ("batch_norm", "instance_norm"), "batch_sizes": (2,), "scenes": 1,
-                        "frozen_shares": (), "steps": 200, "lr": 0.05},
+                        "frozen_shares": (), "steps": 200},
         "small": {"data": "fashionmnist"},
         "paper": {"data": "fashionmnist", "model": "unet32", "scenes": 32, "steps": 20_000, "device": "cuda"},
     }  # fmt: skip
@@ -53,7 +53,7 @@ class Tiles(Recipe):
     )  # fmt: skip
     model: str | None = "unet8"
     steps: PositiveInt = 600
-    lr: PositiveFloat = 0.02
+    lr: PositiveFloat = 0.05
     momentum: OpenUnitInterval = 0.02
     batch_sizes: tuple[PositiveInt, ...] = (1, 2)
     groups: PositiveInt = 1
