@@ -30,7 +30,7 @@ class Tiles(Recipe):
             validation.
         frozen_shares: rows of batch norm that is frozen to its running statistics for this share of the training, at
             its end.
-        model: unetN.
+        model: unetN; by default unet8, with 8, 16 and 32 channels.
     """
 
     name: ClassVar[str] = "tiles"
@@ -42,8 +42,8 @@ class Tiles(Recipe):
     source: ClassVar[str] = "Buglakova et al. 2025; beyond both papers"
     score: ClassVar[str] = "Dice"
     scales: ClassVar[Scales] = {
-        "tiny": TINY | {"methods": ("batch_norm", "instance_norm"), "batch_sizes": (2,), "scenes": 1,
-                        "frozen_shares": (), "steps": 200},
+        "tiny": TINY | {"methods": ("batch_norm", "instance_norm"), "batch_sizes": (1,), "scenes": 1,
+                        "frozen_shares": (), "steps": 100},
         "small": {"data": "fashionmnist"},
         "paper": {"data": "fashionmnist", "model": "unet32", "scenes": 32, "steps": 20_000, "device": "cuda"},
     }  # fmt: skip
