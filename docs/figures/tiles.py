@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,7 +23,9 @@ from renorm_lab.training.train import Training
 HERE = Path(__file__).parent
 METHODS = ("instance_norm", "batch_norm", "batch_renorm")
 SCENE = 2  # of the test, with crowded and empty places
+BRIGHTEST = 170  # what is drawn white
 MOST = 0.25  # standard deviation that is drawn black
+SPREAD = colormaps["gray_r"].with_extremes(bad="#cfe2f3")
 
 
 @torch.no_grad()
@@ -84,7 +87,7 @@ def draw() -> tuple[Figure, list[list[str]]]:
         recipe = Tiles(methods=METHODS, frozen_shares=(), batch_sizes=(1,), seeds=1, logger="none", out=Path(folder))
         dataset = recipe.load()
         pixels, labels = dataset.test.take([SCENE]), dataset.test.labels[SCENE]
-        panels[0, 0].imshow(pixels[0, 0], cmap="gray", vmin=0, vmax=255)
+        panels[0, 0].imshow(pixels[0, 0], cmap="gray", vmin=0, vmax=BRIGHTEST)
         panels[1, 0].imshow(labels, cmap="gray")
         panels[0, 0].set_title("scene")
         panels[1, 0].set_title("truth")
@@ -96,10 +99,11 @@ def draw() -> tuple[Figure, list[list[str]]]:
             mean = float(spread[~spread.isnan()].mean())
             above.imshow(probability, cmap="gray", vmin=0, vmax=1)
             above.set_title(f"{run.method}:\nDice {100 * dice:.0f}%")
-            shown = below.imshow(spread, cmap="gray_r", vmin=0, vmax=MOST)
+            shown = below.imshow(spread, cmap=SPREAD, vmin=0, vmax=MOST)
             below.set_title(f"its tiles differ by {100 * mean:.1f}%")
             lines.append([run.method, f"{dice:.4f}", f"{mean:.6f}"])
-    figure.colorbar(shown, ax=panels[1, -1], label="standard deviation")
+    figure.colorbar(shown, ax=panels[:, -1], label="standard deviation over tiles", shrink=0.5)
+    panels[1, 0].set_xlabel("blue: no two tiles see it\nbeyond their margins")
     for axes in panels.flat:
         axes.set(xticks=[], yticks=[])
     return figure, lines
