@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,15 @@ FRAMEWORKS = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
 ]
+MONAI = [
+    pytest.mark.skipif(find_spec("monai") is None, reason="needs MONAI"),
+    pytest.mark.filterwarnings("ignore"),  # its own, and those of what it imports
+]
 PAGES = [
     "index", "recurrent", "training-loops", "distributed", "several-forwards", "trained-models", "weight-decay",
     "other-checkpoints", "finetuning", "shift", "mathematics", "limits", "coming-from", "small-batches",
     "dependent-batches", pytest.param("integrations", marks=FRAMEWORKS),
-    pytest.param("shipping", marks=EXPORTING),
+    pytest.param("shipping", marks=EXPORTING), pytest.param("tiled-inference", marks=MONAI),
 ]  # fmt: skip
 
 

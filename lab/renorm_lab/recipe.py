@@ -55,8 +55,8 @@ class Recipe(ABC):
         image_size: height and width in pixels to which images from a folder are resized and cropped, and larger images
             of other data sets; those from a folder stay in their files above 64, and are decoded as they are needed.
         model: network: mlp (4 hidden layers of 128), resnet8, resnet20 and so on, plain8 (without shortcuts),
-            resnet18 (64 to 512 channels), timm/NAME or torchvision/NAME; by default mlp for digits and resnet8 for
-            everything else.
+            resnet18 (64 to 512 channels), unetN (N to 4N channels, for segmentation), timm/NAME or torchvision/NAME; by
+            default mlp for digits and resnet8 for everything else.
         methods: normalization methods to compare.
         seeds: number of seeds, and so of runs behind each cell of the table.
         first_seed: number of the first of them; settings are chosen on others than the table's.
@@ -186,7 +186,8 @@ class Recipe(ABC):
             dataset: what will be trained on.
             method: normalization method.
             label: row of the table; by default the method's own.
-            examples_per_group: see `Run`, as for everything else; group norm has always 1.
+            examples_per_group: see `Run`, as for everything else; group norm and instance norm have
+                always 1.
             **changes: other fields of `Run`.
 
         Returns:
@@ -200,7 +201,7 @@ class Recipe(ABC):
                 f"methods of recipe {self.name} cannot be ghost_batch_norm, as no option says how many examples share "
                 "its statistics: choose others, or the recipe ghost with --ghost-sizes"
             )
-        if method == "group_norm":
+        if method in ("group_norm", "instance_norm"):
             examples_per_group = 1
         setting = METHODS[method]
         colour_32 = dataset.image_shape == (3, 32, 32)

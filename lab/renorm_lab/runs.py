@@ -37,7 +37,8 @@ class Run:
         seed: of initialization, minibatches and augmentation.
         replacement: whether the classes of a minibatch are drawn with replacement.
         order: of the examples in a minibatch of few classes, as of `renorm.samplers.ClassBatchSampler`.
-        example_weight: alpha of evaluations "off": 0, or 1 for group norm, which knows no other.
+        example_weight: alpha of evaluations "off": 0, or 1 for group norm and instance norm, which know no
+            other.
         r_max: limit of r once the ramp is over.
         d_max: limit of d once the ramp is over.
         plain_phase: length of the training's beginning without correction, as a multiple of the paper's.
@@ -54,7 +55,8 @@ class Run:
         frozen_share: share of the training, at its end, in which layers normalize by their running statistics, which no
             longer move.
         average: decay of the exponential moving average of weights and statistics that is evaluated; 0 for none.
-        objective: "classification", or "metric": embeddings that lie close for examples of one class.
+        objective: "classification"; "metric": embeddings that lie close for examples of one class; or "segmentation": a
+            class for each pixel.
         pretraining_steps: steps of plain batch norm on the data set's other classes before the training.
         pretrained: whether the training starts from the weights that timm or torchvision have for the model.
         measures: what else is measured at the end, names of `measures.MEASURES`, with a plus sign between them.

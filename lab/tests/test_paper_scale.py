@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "negative": {"image_size": 16, "batch_size": 8, "variants": ("random groups",)},
     "metric": {"batch_size": 16, "examples_per_class": (2,), "methods": ("batch_renorm",)},
     "combination": {"image_size": 16, "batch_sizes": (8,), "reference_size": 8, "methods": ("batch_norm",)} | PAIRS,
+    "tiles": {"image_size": 16, "scenes": 1, "batch_sizes": (1,)},
     "workers": {"image_size": 16, "examples_per_class": 2, "classes_per_worker": (1,)},
 }  # fmt: skip
 

@@ -29,7 +29,7 @@ from renorm_lab.training.batches import batches
 from .conftest import at_scale
 
 SLOW = ("decay", "allfour", "ablation", "negative")
-WITHOUT_GHOST = ("baseline", "ablation", "combination", "decay", "smallbatch", "allfour", "negative")
+WITHOUT_GHOST = ("baseline", "ablation", "combination", "decay", "smallbatch", "allfour", "negative", "tiles")
 
 
 def test_a_file_is_a_recipe():

@@ -42,6 +42,7 @@ COMMITTED = (
     "noniid-classes-cifar100", "smallbatch-cifar100", "weigh-cifar100", "ghost-cifar100", "decay-cifar100",
     "noniid-cifar100-16", "smallbatch-cifar100-16", "allfour-cifar100", "metric-omniglot",
     "metric-omniglot-close", "combination-cifar100", "workers-digits", "workers-digits-resnet8",
+    "tiles-digits", "tiles-digits-long",
 )  # fmt: skip
 
 RUN = {

@@ -21,7 +21,7 @@ class Part:
 
     Args:
         images: (N, C, H, W), uint8; or files.
-        labels: (N,), int64.
+        labels: (N,), int64; in segmentation (N, H, W), a class for each pixel.
     """
 
     images: Tensor | ImageFiles

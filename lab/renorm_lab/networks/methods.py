@@ -15,7 +15,7 @@ from .variants import VARIANTS
 
 MethodName = Literal[
     "batch_norm", "batch_renorm", "batch_renorm_close", "batch_renorm_unlimited", "ghost_batch_norm",
-    "batch_group_norm", "batch_group_renorm", "group_norm",
+    "batch_group_norm", "batch_group_renorm", "group_norm", "instance_norm",
 ]  # fmt: skip
 
 
@@ -51,6 +51,7 @@ METHODS: dict[MethodName, Method] = {
     "batch_group_norm": Method("batch-group norm", "total", channels_per_group=8),
     "batch_group_renorm": Method("batch-group norm + limits", "total", limits=True, channels_per_group=8),
     "group_norm": Method("group norm", "total", channels_per_group=8, example_weight=1.0),
+    "instance_norm": Method("instance norm", "total", example_weight=1.0),
 }
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import renorm
 
 from .library import library_model
+from .unet import UNet
 
 Norm = Callable[[int], nn.Module]
 
@@ -29,14 +30,15 @@ def build_model(
     """A network.
 
     Args:
-        name: mlp, resnet18, resnetN or plainN with N = 8, 14, 20, ..., timm/NAME or torchvision/NAME.
+        name: mlp, resnet18, resnetN or plainN with N = 8, 14, 20, ..., unetN with N channels at the top, timm/NAME or
+            torchvision/NAME.
         image_shape: channels, height and width of the input.
         num_classes: number of outputs.
         norm: class and options of the normalization layers, called with a number of channels.
         pretrained: whether to start from timm's weights, but for the last layer; otherwise from fresh ones.
 
     Returns:
-        A network from images, (N, C, H, W), to logits, (N, num_classes).
+        A network from images, (N, C, H, W), to logits, (N, num_classes), or (N, num_classes, H, W) of unetN.
 
     Raises:
         ValueError: there is no such network or no such weights, or an option does not suit it.
@@ -51,11 +53,13 @@ def build_model(
     if name == "resnet18":
         return resnet18(channels, num_classes, norm)
     kind = name.rstrip("0123456789")
-    if kind not in ("resnet", "plain") or kind == name:
+    if kind not in ("resnet", "plain", "unet") or not name.removeprefix(kind).strip("0"):
         raise ValueError(
-            f"model must be mlp, resnet18, resnetN or plainN (N = 8, 14, 20, ...), timm/NAME or torchvision/NAME, "
-            f"got {name}"
+            f"model must be mlp, resnet18, resnetN or plainN (N = 8, 14, 20, ...), unetN, timm/NAME or "
+            f"torchvision/NAME, got {name}"
         )
+    if kind == "unet":
+        return UNet(channels, num_classes, int(name.removeprefix(kind)), norm)
     return resnet(int(name.removeprefix(kind)), channels, num_classes, norm, shortcuts=kind == "resnet")
 
 

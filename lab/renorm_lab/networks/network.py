@@ -12,6 +12,7 @@ from ..data import Dataset
 from ..runs import Run
 from .methods import norm_factory
 from .models import build_model
+from .unet import UNet
 
 _EMBEDDING = 64  # outputs of a network for metric learning
 
@@ -24,13 +25,15 @@ def make_network(run: Run, dataset: Dataset) -> nn.Module:
         dataset: what it is trained on.
 
     Returns:
-        A network from images, (N, C, H, W), to logits, (N, classes), or embeddings.
+        A network from images, (N, C, H, W), to logits, (N, classes) or (N, classes, H, W), or embeddings.
 
     Raises:
         ValueError: an option does not suit the network or the data.
     """
     outputs = _EMBEDDING if run.objective == "metric" else dataset.num_classes
     model = build_model(run.model, dataset.image_shape, outputs, norm_factory(run), pretrained=run.pretrained)
+    if isinstance(model, UNet) != (run.objective == "segmentation"):
+        raise ValueError(f"model must be unetN for segmentation, and for nothing else, got {run.model}")
     layers = [module for module in model.modules() if isinstance(module, renorm.Norm)]
     if not run.train_gamma:
         for layer in layers:

@@ -1,7 +1,8 @@
 """Tables between markers in a Markdown page, from committed results: `python -m renorm_lab.report.documents PAGE`.
 
 A page's `<!-- table FOLDER -->` ... `<!-- end -->` holds the table of that folder, its `<!-- losses FOLDER -->` what
-each method loses to the best, its `<!-- claims FOLDER... -->` the papers' claims with what the folders say about them.
+each method loses to the best, its `<!-- shares FOLDER -->` what was measured besides, in percent, its
+`<!-- claims FOLDER... -->` the papers' claims with what the folders say about them.
 Folders lie in `results/` beside the page's own folder.
 """
 
@@ -17,10 +18,10 @@ from ..summary import markdown_lines
 from .compare import compare
 from .folders import read_folder
 from .losses import loss_table
-from .tables import TextTable, claim_table
+from .tables import TextTable, claim_table, share_table
 
 _BLOCK = re.compile(
-    r"(?P<start><!-- (?P<kind>table|losses|claims) (?P<names>[^>]+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+    r"(?P<start><!-- (?P<kind>table|losses|shares|claims) (?P<names>[^>]+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
 )
 
 
@@ -44,7 +45,11 @@ def _table(block: re.Match[str], results: Path) -> str:
     folders = [read_folder(results / name) for name in block["names"].split()]
     if block["kind"] != "claims":
         summary = folders[0].summary
-        table = loss_table(summary) if block["kind"] == "losses" else TextTable(summary.header, summary.rows)
+        table = {
+            "table": lambda: TextTable(summary.header, summary.rows),
+            "losses": lambda: loss_table(summary),
+            "shares": lambda: share_table(folders[0].results),
+        }[block["kind"]]()
         return markdown_lines(table.header, table.rows)
     claims = claim_table([comparison for folder in folders for comparison in compare(folder)])
     return markdown_lines(claims.header, claims.rows, numbers=False)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..results import Results
+from ..summary import Cell
 from .claims import CLAIMS
 from .compare import LEVEL, Beside, Comparison, Verdict
 from .kinds import Claim
@@ -125,6 +126,28 @@ def measure_table(results: Results) -> TextTable:
     columns = list(dict.fromkeys(column for by_column in values.values() for column in by_column))
     rows = [[name, *(_mean(by_column.get(column, [])) for column in columns)] for name, by_column in values.items()]
     return TextTable(["measure", *columns], rows)
+
+
+def share_table(results: Results) -> TextTable:
+    """What was measured besides, where all of it is shares: a line for each method and regime.
+
+    Args:
+        results: result of each run.
+
+    Returns:
+        The table, in percent.
+    """
+    values: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for run, result in results.items():
+        for name, value in result.measures:
+            values.setdefault((run.regime, run.method), {}).setdefault(name, []).append(100 * value)
+    names = list(dict.fromkeys(name for by_name in values.values() for name in by_name))
+    regimes = list(dict.fromkeys(regime for regime, _ in values))
+    rows = [
+        [method, regime, *(str(Cell(tuple(by_name[name]))) if name in by_name else "-" for name in names)]
+        for (regime, method), by_name in sorted(values.items(), key=lambda line: regimes.index(line[0][0]))
+    ]
+    return TextTable(["method", "batches", *names], rows)
 
 
 def _mean(values: Sequence[float]) -> str:

@@ -9,15 +9,19 @@ from contextlib import contextmanager
 from dataclasses import astuple, replace
 from itertools import islice
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import renorm
 from renorm.samplers import ClassBatchSampler, RandomBatchSampler
 
 from ..data import Dataset
+from ..networks.unet import UNet
 from ..runs import Run
 from .batches import batches
 from .evaluation import evaluate, score, set_example_weight, standardized
+from .objectives import make_scoring
+from .tiles import by_tiles, foreground_in_empty_tiles, mismatch, stitched
 
 Measure = Callable[[Run, nn.Module, Dataset], dict[str, float]]
 
@@ -25,6 +29,7 @@ CURVE_ALPHAS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
 _CLASSES, _EXAMPLES_PER_CLASS = 25, 2  # of a batch in training-mode evaluation, Ioffe 2017, section 4.3
 _ESTIMATION_BATCH = 128
 _RANGE_BATCHES = 10
+_TILES = 100  # in a forward at evaluation, where it does not matter
 
 
 def measure(run: Run, model: nn.Module, dataset: Dataset) -> tuple[tuple[str, float], ...]:
@@ -143,6 +148,41 @@ def estimates(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, float]:
     return found
 
 
+def tiles(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, float]:
+    """What tiles of the training's size do to test scenes, at evaluation and in training mode.
+
+    In training mode a forward takes as many tiles as in training, tiles that do not lie side by side. Tiles overlap by
+    a quarter where they are put together, and by three quarters where neighbours are compared.
+
+    Source:
+        Buglakova et al. 2025 (arXiv 2503.19545): the mismatch of tiles, and the gap between the two modes.
+    """
+    assert isinstance(model, UNet)
+    part, size = dataset.test, dataset.image_shape[1]
+    scenes = dataset.standardize(part.take(range(len(part))))
+    found: dict[str, float] = {}
+    set_example_weight(model, run.example_weight)
+    for by_batches, where, together in ((False, "", _TILES), (True, ", training mode", run.batch_size)):
+        with _evaluating(model, by_batches=by_batches), torch.no_grad():
+            predicted = by_tiles(model, scenes, size, size // 4, together)
+        whole = stitched(predicted[:, ::3, ::3], 3 * size // 4)
+        differences = mismatch(predicted, size // 4, model.margin)
+        found |= {
+            f"Dice by tiles{where}": _dice(run, whole, part.labels),
+            f"mismatch{where}": differences.probability,
+            f"labels that differ{where}": differences.labels,
+            f"foreground in empty tiles{where}": foreground_in_empty_tiles(predicted, part.labels, size // 4),
+        }
+    set_example_weight(model, 0.0)
+    return found
+
+
+def _dice(run: Run, probabilities: Tensor, labels: Tensor) -> float:
+    scoring = make_scoring(run)
+    scoring.add(probabilities.log(), labels)
+    return scoring.score().accuracy
+
+
 MEASURES: dict[str, Measure] = {
     "training mode": training_mode,
     "training batches": training_batches,
@@ -150,6 +190,7 @@ MEASURES: dict[str, Measure] = {
     "weighing": weighing,
     "ranges": ranges,
     "estimates": estimates,
+    "tiles": tiles,
 }
 
 

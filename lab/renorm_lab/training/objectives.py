@@ -1,4 +1,4 @@
-"""What is minimized, and what counts: classification, and metric learning."""
+"""What is minimized, and what counts: classification, segmentation, and metric learning."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Score:
 
     Args:
         accuracy: share of examples classified correctly, in [0, 1]; in metric learning, whose nearest neighbour is of
-            their own class (recall@1).
+            their own class (recall@1); in segmentation Dice, the mean over the classes but the background.
         loss: mean of the objective, in nats.
     """
 
@@ -63,6 +63,8 @@ def make_scoring(run: Run) -> Scoring:
     Returns:
         An empty scoring.
     """
+    if run.objective == "segmentation":
+        return _Segmentation()
     return _Retrieval() if run.objective == "metric" else _Classification()
 
 
@@ -95,6 +97,26 @@ class _Classification:
 
     def score(self) -> Score:
         return Score(self._correct / self._examples, self._loss / self._examples)
+
+
+class _Segmentation:
+    """Dice over all pixels together, so that an empty image does not count as one."""
+
+    def __init__(self) -> None:
+        self._overlap = self._sizes = torch.zeros((), dtype=torch.long)
+        self._loss, self._pixels = 0.0, 0
+
+    def add(self, output: Tensor, labels: Tensor) -> None:
+        found, classes = output.argmax(1), output.shape[1]
+        hits, both = found[found == labels], torch.cat([found.flatten(), labels.flatten()])
+        self._overlap = self._overlap + hits.bincount(minlength=classes).cpu()
+        self._sizes = self._sizes + both.bincount(minlength=classes).cpu()
+        self._loss += float(F.cross_entropy(output, labels, reduction="sum"))
+        self._pixels += labels.numel()
+
+    def score(self) -> Score:
+        dice = 2 * self._overlap[1:] / self._sizes[1:].clamp(min=1)
+        return Score(float(dice.mean()), self._loss / self._pixels)
 
 
 class _Retrieval:

@@ -245,7 +245,7 @@ def backward(
         model: the network as Fabric has set it up; gradients are added to its parameters'.
         loss: of outputs and labels, a mean over examples.
         images: (N, C, H, W).
-        labels: (N,).
+        labels: (N, *).
         forward_size: examples in a forward.
         frozen: whether layers normalize by their running statistics, which stay.
 
