@@ -371,10 +371,12 @@ def test_workers_hold_their_own_classes_and_average_over_all(images: Dataset):
     assert {run.regime for run in alone} == {"4 classes each"}
 
 
-def test_a_method_of_the_workers_may_have_a_learning_rate_of_its_own(images: Dataset):
-    runs = RECIPES["workers"](own_lr={"group_norm": 0.01}, lr=0.2).runs(images)
-    assert {run.lr for run in runs if run.method == "group norm"} == {0.01}
-    assert {run.lr for run in runs if run.method != "group norm"} == {0.2}
+def test_a_row_of_the_workers_may_have_a_learning_rate_of_its_own(images: Dataset):
+    late = "batch norm, frozen for the last 50%"
+    runs = RECIPES["workers"](rates={"group norm": 0.01, late: 0.3}, lr=0.2).runs(images)
+    assert {(run.method, run.lr) for run in runs if run.lr != 0.2} == {("group norm", 0.01), (late, 0.3)}
+    with pytest.raises(LabError, match=r"rates must be of rows of the table \(batch norm; .*\), got nothing"):
+        RECIPES["workers"](rates={"nothing": 0.01}).runs(images)
 
 
 def test_workers_say_in_words_what_their_figures_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

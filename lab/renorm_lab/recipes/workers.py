@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from jsonargparse.typing import OpenUnitInterval, PositiveFloat, PositiveInt
@@ -27,7 +28,7 @@ class Workers(Recipe):
         classes_per_worker: classes that share statistics, which divide all of them; a column of the table each.
         examples_per_class: examples of each class in a minibatch.
         group_size: examples that share statistics in batch-group norm.
-        own_lr: learning rates of methods that have one of their own, by name of the method.
+        rates: learning rates of rows of the table that have another than lr, by name.
         synchronized: whether the table has the column of statistics over all classes.
         frozen_shares: rows of batch norm that is frozen to its running statistics for this share of the training, at
             its end (Wu & Johnson 2021).
@@ -57,7 +58,7 @@ class Workers(Recipe):
     classes_per_worker: tuple[PositiveInt, ...] = (1, 2)
     examples_per_class: PositiveInt = 4
     group_size: PositiveInt = 2
-    own_lr: dict[MethodName, PositiveFloat] | None = None
+    rates: Mapping[str, PositiveFloat] = field(default_factory=dict)
     synchronized: bool = True
     frozen_shares: tuple[OpenUnitInterval, ...] = (0.1, 0.5)
 
@@ -76,12 +77,15 @@ class Workers(Recipe):
             ("batch_norm", f"batch norm, frozen for the last {share:.0%}", {"frozen_share": share})
             for share in self.frozen_shares
         ]
+        labels = [label for _, label, _ in rows]
+        for label in self.rates.keys() - set(labels):
+            raise LabError(f"rates must be of rows of the table ({'; '.join(labels)}), got {label}")
         return [
             self.make_run(
                 dataset, method, self.group_size if method == "batch_group_norm" else shared, label=label,
                 regime=regime, seed=seed, batch_size=classes * examples, classes_per_batch=classes,
                 examples_per_class=examples, order="class", measures="like training+training batches",
-                lr=(self.own_lr or {}).get(method, self.lr), **change,
+                lr=self.rates.get(label, self.lr), **change,
             )
             for method, label, change in rows
             for regime, shared in columns.items()
