@@ -445,6 +445,20 @@ def test_losses_are_to_the_best_method_of_each_regime_and_the_safest_comes_first
         assert "What each method loses" in (tmp_path / "report" / name).read_text()
 
 
+def test_accuracies_measured_besides_stand_in_a_table_of_their_own(tmp_path: Path):
+    rows = [row for regime in ("few", "many") for row in seeds([0.5, 0.6], method="batch norm", regime=regime)]
+    folder = write_folder(tmp_path / "folder", rows)
+    measured = {"test accuracy, last weights": 0.5, "test accuracy, buffers copied": 0.25, "bound": 3.0}
+    lines = [f'{regime},batch norm,{seed},"{name}",{value + 0.1 * seed}' for regime in ("few", "many")
+             for seed in (0, 1) for name, value in measured.items()]  # fmt: skip
+    (folder / "measures.csv").write_text("\n".join(["regime,method,seed,measure,value", *lines]) + "\n")
+    text = renewed("<!-- measures folder: few -->\n<!-- end -->\n", tmp_path)
+    assert text.splitlines()[1:-1] == [
+        "| method | last weights | buffers copied |", "| --- | ---: | ---: |",
+        "| batch norm | 55.0 ± 7.1 | 30.0 ± 7.1 |",
+    ]  # fmt: skip
+
+
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(ROOT / "results/microbatch-cifar100"), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").exists()

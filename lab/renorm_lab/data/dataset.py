@@ -21,7 +21,7 @@ class Part:
 
     Args:
         images: (N, C, H, W), uint8; or files.
-        labels: (N,), int64.
+        labels: (N,), int64, of classes; or (N, D), float32, to be regressed.
     """
 
     images: Tensor | ImageFiles

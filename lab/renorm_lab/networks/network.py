@@ -24,12 +24,12 @@ def make_network(run: Run, dataset: Dataset) -> nn.Module:
         dataset: what it is trained on.
 
     Returns:
-        A network from images, (N, C, H, W), to logits, (N, classes), or embeddings.
+        A network from images, (N, C, H, W), to logits, (N, classes), embeddings or what is regressed.
 
     Raises:
         ValueError: an option does not suit the network or the data.
     """
-    outputs = _EMBEDDING if run.objective == "metric" else dataset.num_classes
+    outputs = _outputs(run, dataset)
     model = build_model(run.model, dataset.image_shape, outputs, norm_factory(run), pretrained=run.pretrained)
     layers = [module for module in model.modules() if isinstance(module, renorm.Norm)]
     if not run.train_gamma:
@@ -42,6 +42,12 @@ def make_network(run: Run, dataset: Dataset) -> nn.Module:
             start = layer.limits.start  # of the correction, which then has no bound
             layer.limits = renorm.Limits(math.inf, math.inf, start, start, start)
     return model
+
+
+def _outputs(run: Run, dataset: Dataset) -> int:
+    if run.objective == "regression":
+        return dataset.train.labels.shape[1]
+    return _EMBEDDING if run.objective == "metric" else dataset.num_classes
 
 
 def _unclipped(which: str, model: nn.Module, layers: list[renorm.Norm]) -> list[renorm.Norm]:

@@ -1,7 +1,8 @@
 """Tables between markers in a Markdown page, from committed results: `python -m renorm_lab.report.documents PAGE`.
 
 A page's `<!-- table FOLDER -->` ... `<!-- end -->` holds the table of that folder, its `<!-- losses FOLDER -->` what
-each method loses to the best, its `<!-- claims FOLDER... -->` the papers' claims with what the folders say about them.
+each method loses to the best, its `<!-- measures FOLDER: REGIME -->` the accuracies that were measured besides in a
+regime, its `<!-- claims FOLDER... -->` the papers' claims with what the folders say about them.
 Folders lie in `results/` beside the page's own folder.
 """
 
@@ -17,10 +18,10 @@ from ..summary import markdown_lines
 from .compare import compare
 from .folders import read_folder
 from .losses import loss_table
-from .tables import TextTable, claim_table
+from .tables import TextTable, claim_table, regime_table
 
 _BLOCK = re.compile(
-    r"(?P<start><!-- (?P<kind>table|losses|claims) (?P<names>[^>]+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+    r"(?P<start><!-- (?P<kind>table|losses|measures|claims) (?P<names>[^>]+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
 )
 
 
@@ -41,6 +42,10 @@ def renewed(page: str, results: Path) -> str:
 
 
 def _table(block: re.Match[str], results: Path) -> str:
+    if block["kind"] == "measures":
+        name, _, regime = block["names"].partition(": ")
+        measured = regime_table(read_folder(results / name).results, regime)
+        return markdown_lines(measured.header, measured.rows)
     folders = [read_folder(results / name) for name in block["names"].split()]
     if block["kind"] != "claims":
         summary = folders[0].summary

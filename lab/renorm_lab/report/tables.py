@@ -9,10 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..results import Results
+from ..summary import Cell
 from .claims import CLAIMS
 from .compare import LEVEL, Beside, Comparison, Verdict
 from .kinds import Claim
 
+_ACCURACY = "test accuracy, "  # begins the names of such measures
 NEAR = 2.0  # points by which an accuracy may differ from the paper's before the report names it
 
 
@@ -119,6 +121,27 @@ def measure_table(results: Results) -> TextTable:
     columns = list(dict.fromkeys(column for by_column in values.values() for column in by_column))
     rows = [[name, *(_mean(by_column.get(column, [])) for column in columns)] for name, by_column in values.items()]
     return TextTable(["measure", *columns], rows)
+
+
+def regime_table(results: Results, regime: str) -> TextTable:
+    """Test accuracies that were measured besides in a regime, a line for each method and a column for each measure.
+
+    Args:
+        results: result of each run.
+        regime: one column of the summary.
+
+    Returns:
+        The table; without rows where nothing was.
+    """
+    values: dict[str, dict[str, list[float]]] = {}
+    for run, result in results.items():
+        for name, value in result.measures:
+            if run.regime == regime and name.startswith(_ACCURACY):
+                of_method = values.setdefault(run.method, {})
+                of_method.setdefault(name.removeprefix(_ACCURACY), []).append(100 * value)
+    columns = list(dict.fromkeys(name for measured in values.values() for name in measured))
+    rows = [[method, *(str(Cell(tuple(measured[name]))) for name in columns)] for method, measured in values.items()]
+    return TextTable(["method", *columns], rows)
 
 
 def _mean(values: Sequence[float]) -> str:
