@@ -15,6 +15,7 @@ from renorm_lab.recipes.finetune import Finetune
 from renorm_lab.recipes.finetune_regression import FinetuneRegression
 from renorm_lab.runs import Run
 from renorm_lab.training.pretraining import prepare
+from renorm_lab.training.train import Training
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +72,18 @@ def test_a_regression_starts_from_the_classifiers_weights(recipe: Finetune, data
     assert steps == 0  # one pretraining serves both
     assert regressor[-1].out_features == 1
     assert torch.equal(classifier[0].weight, regressor[0].weight)
+
+
+def test_frozen_statistics_stay_those_of_the_pretraining(tmp_path: Path):
+    recipe = Finetune(
+        methods=(), frozen_shares=(1.0,), batch_sizes=(8,), ghost_size=8, steps=3, average=0.0, pretraining_steps=5,
+        seeds=1, logger="none", out=tmp_path,
+    )  # fmt: skip
+    dataset = recipe.load()
+    (run,) = recipe.runs(dataset)
+    training = Training(run, dataset, recipe)
+    training.finish(lambda step: None)
+    _, start, _ = prepared(run, dataset)
+    found = training.trained.state_dict()
+    for name, value in start.state_dict().items():
+        assert torch.equal(value, found[name]) == ("running" in name or "num_batches" in name), name
