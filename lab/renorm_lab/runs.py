@@ -55,8 +55,8 @@ class Run:
         frozen_share: share of the training, at its end, in which layers normalize by their running statistics, which no
             longer move.
         average: decay of the exponential moving average of weights and statistics that is evaluated; 0 for none.
-        objective: "classification"; "metric": embeddings that lie close for examples of one class; or "segmentation": a
-            class for each pixel.
+        objective: "classification"; "metric": embeddings that lie close for examples of one class; "segmentation": a
+            class for each pixel; or "regression".
         pretraining_steps: steps of plain batch norm on the data set's other classes before the training.
         pretrained: whether the training starts from the weights that timm or torchvision have for the model.
         measures: what else is measured at the end, names of `measures.MEASURES`, with a plus sign between them.

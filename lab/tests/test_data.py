@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from renorm_lab.data import load_dataset
+from renorm_lab.data import Part, load_dataset
+from renorm_lab.data.hidden import hidden
+from renorm_lab.data.image_files import ImageFiles
 from renorm_lab.errors import LabError
 
 from .conftest import arrays
@@ -160,3 +163,21 @@ def test_all_unreadable_images_are_named_at_once_up_to_a_number(size: int, tmp_p
         load_dataset(str(tmp_path), Path("nowhere"), size)
     assert str(raised.value).splitlines()[-1] == "  and 29 more"
     assert len(str(raised.value).splitlines()) == 22
+
+
+def test_a_hidden_centre_is_known_by_its_colour_alone():
+    dataset = load("digits")
+    found = hidden(dataset)
+    for part, before in ((found.train, dataset.train), (found.test, dataset.test)):
+        colours = dataset.standardize(before.images)[:, :, 2:6, 2:6].mean((2, 3))
+        torch.testing.assert_close(part.labels, colours, rtol=1e-4, atol=1e-4)
+        assert dataset.standardize(part.images)[:, :, 2:6, 2:6].abs().max() < 0.1
+        assert torch.equal(part.images[:, :, :2], before.images[:, :, :2])
+    assert not torch.equal(dataset.train.images, found.train.images)  # which stayed as they were
+
+
+def test_images_that_stay_in_their_files_are_not_hidden_in_part():
+    part = Part(ImageFiles([Path("a.png")], 100), torch.zeros(1, dtype=torch.long))
+    known = load("digits")
+    with pytest.raises(LabError, match="digits: images that stay in their files cannot be hidden in part: image_size"):
+        hidden(replace(known, train=part))

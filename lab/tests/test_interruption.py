@@ -239,8 +239,9 @@ def test_random_numbers_go_on_where_they_were():
 def finetune(tmp_path: Path) -> Finetune:
     """A run that trains on other classes before."""
     return Finetune(
-        methods=("batch_norm",), seeds=1, steps=4, pretraining_steps=6, workers=1, logger="none", out=tmp_path / "tuned"
-    )
+        methods=("batch_norm",), batch_sizes=(8,), seeds=1, steps=4, pretraining_steps=6, workers=1, logger="none",
+        out=tmp_path / "tuned",
+    )  # fmt: skip
 
 
 def test_pretraining_stops_at_once_and_is_not_repeated_once_it_is_finished(finetune: Finetune):
@@ -265,5 +266,5 @@ def test_pretraining_stops_at_once_and_is_not_repeated_once_it_is_finished(finet
     resumed = training.train(run, dataset, finetune, calls.append)
     assert calls == [1, 2, 3, 4]
     Checkpoints(finetune.folder, run).remove()
-    whole = training.train(run, dataset, finetune, calls.append)
+    whole = training.train(run, finetune.load(), finetune, calls.append)
     assert whole.curve == resumed.curve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -85,6 +86,25 @@ def test_classification_is_scored_by_accuracy_and_cross_entropy():
     assert objective(run()) is F.cross_entropy
 
 
+def test_regression_is_scored_by_the_variance_that_it_explains():
+    labels = torch.randn(50, 3) * torch.tensor([1.0, 2.0, 3.0]) + 10
+    outputs = labels + 0.5 * torch.randn(50, 3)
+    scoring = make_scoring(run(objective="regression"))
+    for part in (slice(0, 20), slice(20, 50)):
+        scoring.add(outputs[part], labels[part])
+    total = float(((labels - labels.mean(0)) ** 2).sum())
+    assert scoring.score().accuracy == pytest.approx(1 - float(((outputs - labels) ** 2).sum()) / total, rel=1e-5)
+    assert scoring.score().loss == pytest.approx(float(F.mse_loss(outputs, labels)), rel=1e-5)
+    assert objective(run(objective="regression")) is F.mse_loss
+
+
+@pytest.mark.parametrize("told", [20.0, math.nan])
+def test_regression_that_is_worse_than_the_mean_explains_nothing(told: float):
+    scoring = make_scoring(run(objective="regression"))
+    scoring.add(torch.full((50, 1), told), torch.randn(50, 1))
+    assert scoring.score().accuracy == 0
+
+
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     return load_dataset("digits", Path(), 8)
@@ -157,6 +177,19 @@ def test_statistics_of_the_training_images_give_nearly_the_same_accuracy(digits:
     accuracies = [value for name, value in found.items() if "accuracy" in name]
     assert len(accuracies) == 2
     assert min(accuracies) > 0.5
+
+
+def test_averages_are_told_by_where_their_buffers_come_from(digits: Dataset, model: nn.Module):
+    last = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in last.modules():
+            if isinstance(layer, renorm.Norm):
+                layer.running_mean.fill_(100.0)
+    found = dict(measure(settings(measures="averages"), model, digits, last))
+    averaged, copied = (found[f"test accuracy, buffers {name}"] for name in ("averaged", "copied"))
+    estimated = [value for name, value in found.items() if "estimated" in name]
+    assert min(averaged, *estimated) > 0.5 > max(copied, found["test accuracy, last weights"])
+    assert len(estimated) == 2
 
 
 def test_measures_compute_in_the_precision_of_the_run(digits: Dataset, model: nn.Module):

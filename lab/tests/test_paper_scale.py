@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 FEW = {"steps": 2, "seeds": 1, "workers": 1, "device": "cpu", "precision": "32-true", "logger": "none"}
 INCEPTION = {"image_size": 75, "methods": ("batch_renorm",)}  # the least that Inception-v3 takes
 PAIRS = {"classes_per_batch": 2, "examples_per_class": 2}
+FINETUNE = {"batch_sizes": (4,), "ghost_size": 2, "pretrained": False, "methods": ("group_norm",), "steps": 1}
 OPTIONS: dict[str, dict[str, Any]] = {
     "baseline": INCEPTION | {"batch_size": 4, "minibatches": 2},
     "microbatch": INCEPTION | {"batch_size": 8, "forward_size": 4, "group_sizes": (2,)},
@@ -30,8 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "decay": {"image_size": 75, "batch_size": 4, "decays": ("one",)},
     "smallbatch": {"image_size": 16, "reference_size": 2},
     "allfour": {"image_size": 16, "batch_sizes": (8,), "reference_size": 8},
-    "finetune": {"image_size": 65, "batch_size": 4, "ghost_size": 2, "pretrained": False, "methods": ("group_norm",),
-                 "steps": 1},
+    "finetune": FINETUNE | {"image_size": 65, "frozen_shares": ()},
+    "finetune-regression": FINETUNE | {"methods": ("batch_norm",)},
     "range": {"image_size": 16, "batch_size": 8, "group_sizes": (8, 2)},
     "ablation": INCEPTION | PAIRS | {"num_changes": 1},
     "negative": {"image_size": 16, "batch_size": 8, "variants": ("random groups",)},

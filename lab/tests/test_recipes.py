@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from renorm import Limits
 from renorm_lab import recipes
 from renorm_lab.cli import main
 from renorm_lab.data import Dataset, Part, load_dataset
@@ -116,7 +118,7 @@ def test_decay_goes_nowhere_to_zero_to_one_and_auto_in_inception_and_resnet(imag
     assert len({run.weight_decay for run in runs}) == 1
 
 
-@pytest.mark.parametrize("name", ["smallbatch", "allfour", "combination"])
+@pytest.mark.parametrize("name", ["smallbatch", "allfour", "combination", "finetune"])
 def test_every_batch_size_sees_as_many_examples(name: str, images: Dataset):
     runs = RECIPES[name](seeds=1).runs(images)
     assert len({run.steps * run.batch_size for run in runs}) == 1
@@ -236,8 +238,45 @@ def test_downloaded_weights_are_not_trained_before():
 
 
 def test_fine_tuned_batch_group_norm_has_its_groups(digits: Dataset):
-    runs = RECIPES["finetune"](methods=("batch_group_norm", "batch_group_renorm"), group_size=4).runs(digits)
-    assert {run.examples_per_group for run in runs if run.channels_per_group == 8} == {4}
+    methods = ("batch_group_norm", "batch_group_renorm")
+    runs = RECIPES["finetune"](methods=methods, group_size=4, batch_sizes=(8, 2)).runs(digits)
+    groups = {(run.batch_size, run.examples_per_group) for run in runs if run.channels_per_group == 8}
+    assert groups == {(8, 4), (2, 2)}
+
+
+def test_fine_tuning_corrects_from_the_first_step_as_users_are_advised(digits: Dataset):
+    runs = {run.method: run for run in RECIPES["finetune"]().runs(digits) if run.limits}
+    assert limits(runs["batch renorm"]) == Limits.constant()
+    assert limits(runs["batch renorm, r to 1.5, d to 0.5"]) == Limits.constant(1.5, 0.5)
+    assert limits(runs["batch renorm, no limits"]) == Limits.constant(math.inf, math.inf)
+
+
+def test_batch_norm_can_be_frozen_for_all_of_the_fine_tuning(digits: Dataset):
+    runs = {run.method: run for run in RECIPES["finetune"](frozen_shares=(0.5, 1.0)).runs(digits)}
+    frozen = {name: run.frozen_share for name, run in runs.items() if run.frozen_share}
+    assert frozen == {"batch norm, frozen for the last 50%": 0.5, "batch norm, frozen": 1.0}
+
+
+def test_all_four_are_where_a_batch_has_several_ghost_groups(digits: Dataset):
+    runs = RECIPES["finetune"](ghost_size=4, batch_sizes=(8, 4, 2)).runs(digits)
+    assert {(run.batch_size, run.examples_per_group) for run in runs if run.method == "all four, n = 4"} == {(8, 4)}
+
+
+def test_rows_can_have_learning_rates_of_their_own_and_weights_are_averaged_over_as_many_examples(digits: Dataset):
+    recipe = RECIPES["finetune"](lr=0.02, rates={"batch norm, frozen": 0.01}, batch_sizes=(8, 2), average=0.5)
+    runs = {(run.method, run.batch_size): run for run in recipe.runs(digits)}
+    rates = [runs[name, size].lr for name in ("batch norm", "batch norm, frozen") for size in (8, 2)]
+    assert rates == pytest.approx([0.02, 0.005, 0.01, 0.0025])
+    assert [runs["batch norm", size].average for size in (8, 2)] == pytest.approx([0.5, 0.5**0.25])
+
+
+def test_a_regression_of_colours_starts_from_a_classifier():
+    recipe = RECIPES["finetune-regression"]()
+    dataset = recipe.load()
+    assert dataset.train.labels.shape == (len(dataset.train), 1)  # digits are grey
+    assert dataset.pretraining is not None
+    assert dataset.pretraining.labels.dtype == torch.int64
+    assert {run.objective for run in recipe.runs(dataset)} == {"regression"}
 
 
 @pytest.mark.parametrize(
@@ -247,6 +286,8 @@ def test_fine_tuned_batch_group_norm_has_its_groups(digits: Dataset):
         (["metric", "--batch-size", "4", "--examples-per-class", "[2, 8]"],
          "batch_size must be at least examples_per_class=8, got 4"),
         (["metric", "--classes", "5"], "classes cannot be 5 in recipe metric, which splits all classes: leave it out"),
+        (["finetune", "--methods", "[]", "--frozen-shares", "[]", "--rates", '{"batch norm": 0.1}'],
+         "rates must be of rows of the table (all four, n = 4), got batch norm"),
         (["noniid", "--classes", "11"], "digits: has 10 classes, fewer than classes=11"),
     ],
 )  # fmt: skip

@@ -41,8 +41,8 @@ COMMITTED = (
     "noniid-digits", "noniid-digits-lr0.02", "microbatch-digits", "noniid-cifar100", "microbatch-cifar100",
     "noniid-classes-cifar100", "smallbatch-cifar100", "weigh-cifar100", "ghost-cifar100", "decay-cifar100",
     "noniid-cifar100-16", "smallbatch-cifar100-16", "allfour-cifar100", "metric-omniglot",
-    "metric-omniglot-close", "combination-cifar100", "workers-digits", "workers-digits-resnet8",
-    "tiles-digits", "tiles-digits-long",
+    "metric-omniglot-close", "combination-cifar100", "workers-digits", "workers-digits-resnet8", "finetune-cifar100",
+    "finetune-cifar100-no-decay", "finetune-regression-cifar100", "tiles-digits", "tiles-digits-long",
 )  # fmt: skip
 
 RUN = {
@@ -458,6 +458,20 @@ def test_the_tally_can_be_read_without_the_tables(tmp_path: Path):
     assert sum(int(outcome.partition(" ")[0]) for outcome in outcomes) == int(said[2])
     assert any(outcome.endswith("undecided, as one seed is not enough to tell") for outcome in outcomes)
     assert tally([]).startswith("None of the papers' ")
+
+
+def test_shares_measured_besides_stand_in_a_table_of_their_own(tmp_path: Path):
+    rows = [row for regime in ("few", "many") for row in seeds([0.5, 0.6], method="batch norm", regime=regime)]
+    folder = write_folder(tmp_path / "folder", rows)
+    measured = {"test accuracy, last weights": 0.5, "test accuracy, buffers copied": 0.25}
+    lines = [f'{regime},batch norm,{seed},"{name}",{value + 0.1 * seed}' for regime in ("few", "many")
+             for seed in (0, 1) for name, value in measured.items()]  # fmt: skip
+    (folder / "measures.csv").write_text("\n".join(["regime,method,seed,measure,value", *lines]) + "\n")
+    text = renewed("<!-- measures folder: few -->\n<!-- end -->\n", tmp_path)
+    assert text.splitlines()[1:-1] == [
+        "| method | last weights | buffers copied |", "| --- | ---: | ---: |",
+        "| batch norm | 55.0 ± 7.1 | 30.0 ± 7.1 |",
+    ]  # fmt: skip
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,8 @@ class Part:
 
     Args:
         images: (N, C, H, W), uint8; or files.
-        labels: (N,), int64; in segmentation (N, H, W), a class for each pixel.
+        labels: (N,), int64, of classes; in segmentation (N, H, W), a class for each pixel; or (N, D), float32, to be
+            regressed.
     """
 
     images: Tensor | ImageFiles

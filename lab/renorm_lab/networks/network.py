@@ -25,12 +25,13 @@ def make_network(run: Run, dataset: Dataset) -> nn.Module:
         dataset: what it is trained on.
 
     Returns:
-        A network from images, (N, C, H, W), to logits, (N, classes) or (N, classes, H, W), or embeddings.
+        A network from images, (N, C, H, W), to logits, (N, classes) or (N, classes, H, W), embeddings or what is
+        regressed.
 
     Raises:
         ValueError: an option does not suit the network or the data.
     """
-    outputs = _EMBEDDING if run.objective == "metric" else dataset.num_classes
+    outputs = _outputs(run, dataset)
     model = build_model(run.model, dataset.image_shape, outputs, norm_factory(run), pretrained=run.pretrained)
     if isinstance(model, UNet) != (run.objective == "segmentation"):
         raise ValueError(f"model must be unetN for segmentation, and for nothing else, got {run.model}")
@@ -45,6 +46,12 @@ def make_network(run: Run, dataset: Dataset) -> nn.Module:
             start = layer.limits.start  # of the correction, which then has no bound
             layer.limits = renorm.Limits(math.inf, math.inf, start, start, start)
     return model
+
+
+def _outputs(run: Run, dataset: Dataset) -> int:
+    if run.objective == "regression":
+        return dataset.train.labels.shape[1]
+    return _EMBEDDING if run.objective == "metric" else dataset.num_classes
 
 
 def _unclipped(which: str, model: nn.Module, layers: list[renorm.Norm]) -> list[renorm.Norm]:

@@ -1,32 +1,38 @@
-"""A pretrained network on a small data set."""
+"""A pretrained network on a small data set, in small batches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..data import Dataset
 from ..data.classes import set_aside
+from ..errors import LabError
 from ..networks.methods import METHODS, MethodName
-from ..recipe import SMALL, SUMMERS, TINY, Recipe, Scales
+from ..recipe import SMALL, SUMMERS, TINY, Scales
 from ..runs import Run
+from .smallbatch import SmallBatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(Recipe):
-    """Fine-tune a network of plain batch norm with every method, on few examples of each class.
+class Finetune(SmallBatch):
+    """Fine-tune a network of plain batch norm with every method, in small batches, and average its weights over time.
 
     Where the network has no weights to download (tiny, small) it is trained first on half of the classes, and
-    fine-tuned on the others.
+    fine-tuned on the others. Running statistics are good from the first step on, and so limits are constant. Steps, lr
+    and average are those for `reference_size` examples. The table is of averaged weights and running statistics;
+    measures.csv has the last weights, and averaged ones with statistics copied from the last step or estimated anew.
 
     Args:
-        batch_size: examples in a minibatch.
-        ghost_size: examples that share statistics in ghost batch norm, and in all four together.
-        group_size: examples that share statistics in batch-group norm.
+        rates: learning rates of rows of the table that have another than lr, by name.
+        frozen_shares: rows of batch norm that is frozen to its running statistics for this share of the training, at
+            its end.
+        ghost_size: examples that share statistics in ghost batch norm and in all four together, where a batch has more.
         pretrained: start from the weights that timm has for the model, downloaded if missing.
-        pretraining_steps: otherwise, steps of training on half of the classes; 0 for none.
+        pretraining_steps: otherwise, steps of training on half of the classes, once for each seed; 0 for none.
         examples_per_class: training images of each class that are used; by default all.
         weight_decay: of weights, and of gamma and beta in all four.
     """
@@ -36,17 +42,27 @@ class Finetune(Recipe):
     claim: ClassVar[str] = "all four gain 2.4 points on Flowers-102 (91.0 to 93.4%), 1.4 on CUB-2011"
     source: ClassVar[str] = "Summers & Dinneen 2020, 4.3"
     scales: ClassVar[Scales] = {
-        "tiny": TINY | {"pretraining_steps": 60, "examples_per_class": 20},
-        "small": SMALL | {"steps": 600, "lr": 0.02, "pretraining_steps": 3_000},
+        "tiny": TINY | {"batch_sizes": (8, 1), "pretraining_steps": 60, "examples_per_class": 20},
+        "small": SMALL | {"steps": 1_200, "lr": 0.02, "image_size": 16, "pretraining_steps": 1_000},
         "paper": SUMMERS
         | {"data": "flowers102", "image_size": 224, "model": "timm/resnet152", "pretrained": True, "steps": 3_000,
-           "lr": 0.01, "pretraining_steps": 0, "examples_per_class": None, "augment": True},
+           "batch_sizes": (32,), "reference_size": 32, "ghost_size": 8, "lr": 0.01, "average": 0.0,
+           "pretraining_steps": 0, "examples_per_class": None, "augment": True},
     }  # fmt: skip
 
-    methods: tuple[MethodName, ...] = ("batch_norm", "batch_renorm", "group_norm")
-    batch_size: PositiveInt = 32
-    ghost_size: PositiveInt = 8
-    group_size: PositiveInt = 2
+    methods: tuple[MethodName, ...] = (
+        "batch_norm", "batch_renorm", "batch_renorm_close", "batch_renorm_unlimited", "group_norm"
+    )  # fmt: skip
+    model: str | None = "resnet8"
+    batch_sizes: tuple[PositiveInt, ...] = (8, 4, 2, 1)
+    reference_size: PositiveInt = 8
+    steps: PositiveInt = 150
+    lr: PositiveFloat = 0.02
+    momentum: ClosedUnitInterval = 0.01
+    average: NonNegativeFloat = 0.98
+    rates: Mapping[str, PositiveFloat] = field(default_factory=dict)
+    frozen_shares: tuple[ClosedUnitInterval, ...] = (1.0,)
+    ghost_size: PositiveInt = 4
     pretrained: bool = False
     pretraining_steps: NonNegativeInt = 300
     examples_per_class: PositiveInt | None = 30
@@ -56,20 +72,28 @@ class Finetune(Recipe):
         return set_aside(super().load(), self._first_steps > 0, self.examples_per_class)
 
     def runs(self, dataset: Dataset) -> list[Run]:
-        lines: list[tuple[MethodName, str, dict[str, Any]]] = [
-            *((method, METHODS[method].label, {"norm_decay": "none"}) for method in self.methods),
-            ("ghost_batch_norm", f"all four, n = {self.ghost_size}", {"norm_decay": "all"}),
-        ]
-        sizes = {"ghost_batch_norm": self.ghost_size}
-        sizes |= dict.fromkeys(("batch_group_norm", "batch_group_renorm"), self.group_size)
+        rows: dict[str, tuple[MethodName, dict[str, Any]]] = {METHODS[name].label: (name, {}) for name in self.methods}
+        for share in self.frozen_shares:
+            label = "batch norm, frozen" if share == 1 else f"batch norm, frozen for the last {share:.0%}"
+            rows[label] = "batch_norm", {"frozen_share": share}
+        rows[f"all four, n = {self.ghost_size}"] = "ghost_batch_norm", {"norm_decay": "all"}
+        for label in self.rates.keys() - rows.keys():
+            raise LabError(f"rates must be of rows of the table ({'; '.join(rows)}), got {label}")
+        common = {"pretrained": self.pretrained, "pretraining_steps": self._first_steps, "norm_decay": "none",
+                  "plain_phase": 0.0, "ramps": 0.0, "measures": "averages" if self.average else ""}  # fmt: skip
         return [
-            self.make_run(
-                dataset, method, sizes.get(method), label=label, regime="fine-tuned", batch_size=self.batch_size,
-                seed=seed, pretrained=self.pretrained, pretraining_steps=self._first_steps, **changes,
+            replace(self, lr=self.rates.get(label, self.lr)).sized_run(
+                dataset, method, self._group(method, size), label=label, size=size, seed=seed,
+                **common | {"average": self.average ** (size / self.reference_size)} | changes,
             )
-            for method, label, changes in lines
+            for label, (method, changes) in rows.items()
+            for size in self.batch_sizes
             for seed in self.seed_numbers
+            if method != "ghost_batch_norm" or size > self.ghost_size
         ]  # fmt: skip
+
+    def _group(self, method: MethodName, size: int) -> int | None:
+        return self.ghost_size if method == "ghost_batch_norm" else super()._group(method, size)
 
     @property
     def _first_steps(self) -> int:

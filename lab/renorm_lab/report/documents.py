@@ -1,8 +1,9 @@
 """Tables between markers in a Markdown page, from committed results: `python -m renorm_lab.report.documents PAGE`.
 
 A page's `<!-- table FOLDER -->` ... `<!-- end -->` holds the table of that folder, its `<!-- losses FOLDER -->` what
-each method loses to the best, its `<!-- shares FOLDER -->` what was measured besides, in percent, its
-`<!-- claims FOLDER... -->` the papers' claims with what the folders say about them.
+each method loses to the best, its `<!-- measures FOLDER -->` the shares that were measured besides, in percent,
+`<!-- measures FOLDER: REGIME -->` those in one regime, its `<!-- claims FOLDER... -->` the papers' claims with what the
+folders say about them.
 Folders lie in `results/` beside the page's own folder.
 """
 
@@ -21,7 +22,7 @@ from .losses import loss_table
 from .tables import TextTable, claim_table, share_table
 
 _BLOCK = re.compile(
-    r"(?P<start><!-- (?P<kind>table|losses|shares|claims) (?P<names>[^>]+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+    r"(?P<start><!-- (?P<kind>table|losses|measures|claims) (?P<names>[^>]+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
 )
 
 
@@ -42,17 +43,19 @@ def renewed(page: str, results: Path) -> str:
 
 
 def _table(block: re.Match[str], results: Path) -> str:
-    folders = [read_folder(results / name) for name in block["names"].split()]
-    if block["kind"] != "claims":
-        summary = folders[0].summary
-        table = {
-            "table": lambda: TextTable(summary.header, summary.rows),
-            "losses": lambda: loss_table(summary),
-            "shares": lambda: share_table(folders[0].results),
-        }[block["kind"]]()
-        return markdown_lines(table.header, table.rows)
-    claims = claim_table([comparison for folder in folders for comparison in compare(folder)])
-    return markdown_lines(claims.header, claims.rows, numbers=False)
+    if block["kind"] == "claims":
+        folders = [read_folder(results / name) for name in block["names"].split()]
+        claims = claim_table([comparison for folder in folders for comparison in compare(folder)])
+        return markdown_lines(claims.header, claims.rows, numbers=False)
+    name, _, regime = block["names"].partition(": ")
+    folder = read_folder(results / name)
+    if block["kind"] == "measures":
+        table = share_table(folder.results, regime)
+    elif block["kind"] == "losses":
+        table = loss_table(folder.summary)
+    else:
+        table = TextTable(folder.summary.header, folder.summary.rows)
+    return markdown_lines(table.header, table.rows)
 
 
 def main(arguments: list[str]) -> int:

@@ -26,7 +26,7 @@ class Spot:
     few_classes: bool = False
     weighed: bool = False
     measure: str = ""
-    fields: tuple[tuple[str, object], ...] = (("order", "shuffle"), ("variant", ""))
+    fields: tuple[tuple[str, object], ...] = (("order", "shuffle"), ("variant", ""), ("frozen_share", 0.0))
 
 
 @dataclass(frozen=True, kw_only=True)

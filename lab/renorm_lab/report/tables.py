@@ -20,6 +20,7 @@ _IN_A_SENTENCE = {
     Verdict.OPEN: "undecided, as the seeds differ by too much",
     Verdict.ONE_SEED: "undecided, as one seed is not enough to tell",
 }
+_ACCURACY = "test accuracy, "  # begins the names of some measures
 NEAR = 2.0  # points by which an accuracy may differ from the paper's before the report names it
 
 
@@ -128,26 +129,30 @@ def measure_table(results: Results) -> TextTable:
     return TextTable(["measure", *columns], rows)
 
 
-def share_table(results: Results) -> TextTable:
+def share_table(results: Results, regime: str = "") -> TextTable:
     """What was measured besides, where all of it is shares: a line for each method and regime.
 
     Args:
         results: result of each run.
+        regime: the one to show, whose name the lines then leave out; by default all.
 
     Returns:
-        The table, in percent.
+        The table, in percent; without rows where nothing was.
     """
     values: dict[tuple[str, str], dict[str, list[float]]] = {}
     for run, result in results.items():
         for name, value in result.measures:
-            values.setdefault((run.regime, run.method), {}).setdefault(name, []).append(100 * value)
+            if regime in ("", run.regime):
+                of_line = values.setdefault((run.regime, run.method), {})
+                of_line.setdefault(name.removeprefix(_ACCURACY), []).append(100 * value)
     names = list(dict.fromkeys(name for by_name in values.values() for name in by_name))
     regimes = list(dict.fromkeys(regime for regime, _ in values))
     rows = [
-        [method, regime, *(str(Cell(tuple(by_name[name]))) if name in by_name else "-" for name in names)]
-        for (regime, method), by_name in sorted(values.items(), key=lambda line: regimes.index(line[0][0]))
-    ]
-    return TextTable(["method", "batches", *names], rows)
+        [method, *([] if regime else [its_regime]),
+         *(str(Cell(tuple(by_name[name]))) if name in by_name else "-" for name in names)]
+        for (its_regime, method), by_name in sorted(values.items(), key=lambda line: regimes.index(line[0][0]))
+    ]  # fmt: skip
+    return TextTable(["method", *([] if regime else ["batches"]), *names], rows)
 
 
 def _mean(values: Sequence[float]) -> str:

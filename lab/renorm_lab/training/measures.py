@@ -6,7 +6,8 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, replace
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 import renorm
 from renorm.samplers import ClassBatchSampler, RandomBatchSampler
 
-from ..data import Dataset
+from ..data import Dataset, Part
 from ..networks.unet import UNet
 from ..runs import Run
 from .batches import batches
 from .evaluation import evaluate, score, set_example_weight, standardized
-from .objectives import make_scoring
+from .objectives import Score, make_scoring
 from .tiles import by_tiles, foreground_in_empty_tiles, mismatch, stitched
 
 Measure = Callable[[Run, nn.Module, Dataset], dict[str, float]]
@@ -32,19 +33,23 @@ _RANGE_BATCHES = 10
 _TILES = 100  # in a forward at evaluation, where it does not matter
 
 
-def measure(run: Run, model: nn.Module, dataset: Dataset) -> tuple[tuple[str, float], ...]:
+def measure(
+    run: Run, model: nn.Module, dataset: Dataset, last: nn.Module | None = None
+) -> tuple[tuple[str, float], ...]:
     """Measure what a run asks for.
 
     Args:
         run: the run.
         model: its trained network; left as it was.
         dataset: its data.
+        last: the network of the last step, where the trained one is an average over steps; by default they are one.
 
     Returns:
         Pairs of a name and a number.
     """
     names = run.measures.split("+") if run.measures else []
-    return tuple(pair for name in names for pair in MEASURES[name](run, model, dataset).items())
+    measures = MEASURES | {"averages": partial(averages, last=model if last is None else last)}
+    return tuple(pair for name in names for pair in measures[name](run, model, dataset).items())
 
 
 def training_mode(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, float]:
@@ -137,14 +142,9 @@ def estimates(run: Run, model: nn.Module, dataset: Dataset) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for name, part in (("training images, not augmented", dataset.train), ("test images", dataset.test)):
-        estimated = copy.deepcopy(model)
-        sampler = RandomBatchSampler(len(part), min(len(part), _ESTIMATION_BATCH), seed=run.seed)
-        try:
-            renorm.estimate(estimated, (dataset.standardize(part.take(batch)) for batch in sampler))
-            accuracy, loss = astuple(evaluate(estimated, run, dataset, dataset.test))
-        except ValueError:
-            accuracy, loss = math.nan, math.nan  # a training that diverged has no statistics, and is a result too
-        found |= {f"test accuracy, statistics of {name}": accuracy, f"test loss, statistics of {name}": loss}
+        estimated = _estimated(run, model, dataset, part, _ESTIMATION_BATCH)
+        found |= {f"test accuracy, statistics of {name}": estimated.accuracy}
+        found |= {f"test loss, statistics of {name}": estimated.loss}
     return found
 
 
@@ -183,6 +183,37 @@ def _dice(run: Run, probabilities: Tensor, labels: Tensor) -> float:
     return scoring.score().accuracy
 
 
+def averages(run: Run, model: nn.Module, dataset: Dataset, last: nn.Module | None = None) -> dict[str, float]:
+    """Test accuracy of the last weights, and of averaged ones by where their running statistics come from.
+
+    Estimated anew are they on all training images, once in batches of the training's size, by which it normalized, and
+    once in large ones.
+    """
+    last = model if last is None else last
+    copied = copy.deepcopy(model)
+    for buffer, newest in zip(copied.buffers(), last.buffers(), strict=True):
+        buffer.copy_(newest)
+    found = {
+        f"test accuracy, {name}": evaluate(network, run, dataset, dataset.test, run.example_weight).accuracy
+        for name, network in (("last weights", last), ("buffers averaged", model), ("buffers copied", copied))
+    }
+    for name, size in (("as in training", run.batch_size), (f"in batches of {_ESTIMATION_BATCH}", _ESTIMATION_BATCH)):
+        estimated = _estimated(run, model, dataset, dataset.train, size)
+        found[f"test accuracy, buffers estimated {name}"] = estimated.accuracy
+    return found
+
+
+def _estimated(run: Run, model: nn.Module, dataset: Dataset, part: Part, batch_size: int) -> Score:
+    """Quality on the test part, with running statistics of a part in batches of a size."""
+    estimated = copy.deepcopy(model)
+    sampler = RandomBatchSampler(len(part), min(len(part), batch_size), seed=run.seed)
+    try:
+        renorm.estimate(estimated, (dataset.standardize(part.take(batch)) for batch in sampler))
+    except ValueError:
+        return Score(math.nan, math.nan)  # a training that diverged has no statistics, and is a result too
+    return evaluate(estimated, run, dataset, dataset.test, run.example_weight)
+
+
 MEASURES: dict[str, Measure] = {
     "training mode": training_mode,
     "training batches": training_batches,
@@ -191,6 +222,7 @@ MEASURES: dict[str, Measure] = {
     "ranges": ranges,
     "estimates": estimates,
     "tiles": tiles,
+    "averages": averages,
 }
 
 

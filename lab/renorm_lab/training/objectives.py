@@ -1,4 +1,4 @@
-"""What is minimized, and what counts: classification, segmentation, and metric learning."""
+"""What is minimized, and what counts: classification, segmentation, metric learning, and regression."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class Score:
 
     Args:
         accuracy: share of examples classified correctly, in [0, 1]; in metric learning, whose nearest neighbour is of
-            their own class (recall@1); in segmentation Dice, the mean over the classes but the background.
-        loss: mean of the objective, in nats.
+            their own class (recall@1); in segmentation Dice, the mean over the classes but the background; in
+            regression, the explained variance, or 0 where the mean explains more.
+        loss: mean of the objective, in nats, or the mean square.
     """
 
     accuracy: float
@@ -36,7 +37,7 @@ class Scoring(Protocol):
     """Takes in a network's outputs."""
 
     def add(self, output: Tensor, labels: Tensor) -> None:
-        """Take in outputs, (N, *), and labels, (N,)."""
+        """Take in outputs, (N, *), and labels, (N,), or (N, D) in regression."""
 
     def score(self) -> Score:
         """The quality over all that was added."""
@@ -49,8 +50,11 @@ def objective(run: Run) -> Loss:
         run: the run.
 
     Returns:
-        A function of outputs, (N, *), and labels, (N,), to a loss in nats, 0-d.
+        A function of outputs, (N, *), and labels, (N,), to a loss in nats, 0-d; in regression of (N, D) and (N, D) to
+        the mean square.
     """
+    if run.objective == "regression":
+        return F.mse_loss
     return contrastive_loss if run.objective == "metric" else F.cross_entropy
 
 
@@ -65,6 +69,8 @@ def make_scoring(run: Run) -> Scoring:
     """
     if run.objective == "segmentation":
         return _Segmentation()
+    if run.objective == "regression":
+        return _Regression()
     return _Retrieval() if run.objective == "metric" else _Classification()
 
 
@@ -117,6 +123,21 @@ class _Segmentation:
     def score(self) -> Score:
         dice = 2 * self._overlap[1:] / self._sizes[1:].clamp(min=1)
         return Score(float(dice.mean()), self._loss / self._pixels)
+
+
+class _Regression:
+    def __init__(self) -> None:
+        self._outputs: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    def add(self, output: Tensor, labels: Tensor) -> None:
+        self._outputs.append(output.float())
+        self._labels.append(labels)
+
+    def score(self) -> Score:
+        labels = torch.cat(self._labels)
+        loss = float(F.mse_loss(torch.cat(self._outputs), labels))
+        return Score(max(0.0, 1 - loss / float(labels.var(0, correction=0).mean())), loss)
 
 
 class _Retrieval:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..data import Dataset
+from ..data import Dataset, Part
 from ..networks.methods import METHODS
 from ..networks.network import make_network
 from ..runs import Run
@@ -16,13 +16,17 @@ from .batches import batches
 from .objectives import objective
 from .optimizers import make_optimizer, make_schedule
 
-_BATCH_SIZE = 128
+_BATCH_SIZE, _RATE, _MOMENTUM = 128, 0.05, 0.1  # the momentum is nn.BatchNorm's own
+
+# Weights that this process has trained, and on what: all runs of a seed start from the same ones.
+_trained: dict[Run, tuple[Part, dict[str, Tensor]]] = {}
 
 
 def prepare(model: nn.Module, run: Run, dataset: Dataset, keep_going: Callable[[], object]) -> None:
     """Train a network of plain batch norm on the classes set aside for it, and take over its weights, in place.
 
-    All but the last layer, whose classes are others. Does nothing unless the run says so.
+    All but the last layer, which is for other outputs. Does nothing unless the run says so, and trains once for all
+    runs of a process that start alike.
 
     Args:
         model: the network, on the data's device.
@@ -32,22 +36,36 @@ def prepare(model: nn.Module, run: Run, dataset: Dataset, keep_going: Callable[[
     """
     if not run.pretraining_steps:
         return
-    assert dataset.pretraining is not None, "the recipe's data have images to pretrain on"
-    plain = METHODS["batch_norm"]
-    first = replace(
-        run, tracking=plain.tracking, limits=plain.limits, examples_per_group=None, variant="",
-        channels_per_group=plain.channels_per_group, steps=run.pretraining_steps, pretraining_steps=0,
-        batch_size=min(_BATCH_SIZE, len(dataset.pretraining)), weight_decay=0.0, lr=0.05,
-    )  # fmt: skip
-    other = replace(dataset, train=dataset.pretraining, pretraining=None)
-    source = make_network(first, other).to(dataset.mean)  # its device and dtype
-    _train(source, first, other, keep_going)
+    part = dataset.pretraining
+    assert part is not None, "the recipe's data have images to pretrain on"
+    first = _first(run, min(_BATCH_SIZE, len(part)))
+    if first not in _trained or _trained[first][0] is not part:
+        _trained[first] = part, _train(first, replace(dataset, train=part, pretraining=None), keep_going)
+    torch.manual_seed(run.seed)  # what follows is the same whatever the pretraining drew
+    head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
     own = model.state_dict()
-    taken = {name: value for name, value in source.state_dict().items() if value.shape == own[name].shape}
+    taken = {
+        name: value
+        for name, value in _trained[first][1].items()
+        if value.shape == own[name].shape and not name.startswith(f"{head}.")
+    }
     model.load_state_dict(own | taken)
 
 
-def _train(model: nn.Module, run: Run, dataset: Dataset, keep_going: Callable[[], object]) -> None:
+def _first(run: Run, batch_size: int) -> Run:
+    """The pretraining, with what it depends on and nothing else of the run."""
+    plain = METHODS["batch_norm"]
+    return Run(
+        recipe="", data=run.data, model=run.model, regime="", method=plain.label, tracking=plain.tracking, limits=False,
+        examples_per_group=None, channels_per_group=1, classes_per_batch=None, examples_per_class=None,
+        batch_size=batch_size, forward_size=None, steps=run.pretraining_steps, lr=_RATE, momentum=_MOMENTUM,
+        augment=run.augment, seed=run.seed, precision=run.precision,
+    )  # fmt: skip
+
+
+def _train(run: Run, dataset: Dataset, keep_going: Callable[[], object]) -> dict[str, Tensor]:
+    torch.manual_seed(run.seed)
+    model = make_network(run, dataset).to(dataset.mean)  # its device and dtype
     optimizer, loss = make_optimizer(model, run), objective(run)
     schedule = make_schedule(optimizer, run, run.steps)
     for images, labels in batches(run, dataset):
@@ -56,4 +74,4 @@ def _train(model: nn.Module, run: Run, dataset: Dataset, keep_going: Callable[[]
         optimizer.step()
         schedule.step()
         keep_going()
-    torch.manual_seed(run.seed)  # what follows is the same whatever the pretraining drew
+    return model.state_dict()

@@ -62,6 +62,9 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, progress: Callable[[int], 
     validation = {alpha: evaluate(model, run, dataset, dataset.validation, alpha).accuracy for alpha in ALPHAS}
     alpha = best_alpha(validation)
     off, on = (evaluate(model, run, dataset, dataset.test, weight) for weight in (run.example_weight, alpha))
+    measured = [model, training.model]
+    if training.fabric.world_size > 1:
+        measured = [_alone(network, run, dataset) for network in measured]
     return Result(
         alpha=alpha,
         validation_accuracy_off=validation[run.example_weight],
@@ -72,7 +75,7 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, progress: Callable[[int], 
         test_loss_on=on.loss,
         seconds=training.seconds,
         curve=tuple(training.curve),
-        measures=measure(run, model if training.fabric.world_size == 1 else _alone(model, run, dataset), dataset),
+        measures=measure(run, measured[0], dataset, measured[1]),
         versions=program_versions(),
     )
 
