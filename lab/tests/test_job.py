@@ -24,6 +24,7 @@ from renorm_lab.errors import LabError
 from renorm_lab.jobs import execution, job
 from renorm_lab.recipes.microbatch import Microbatch
 from renorm_lab.recipes.noniid import NonIid
+from renorm_lab.recipes.workers import Workers
 from renorm_lab.runs import Result, Run
 from renorm_lab.training.train import train
 
@@ -104,6 +105,19 @@ def test_folder_of_an_older_version_goes_on_or_is_refused(noniid: NonIid):
     (noniid.folder / "settings.json").write_text(json.dumps(old | {"steps": 19}))
     with pytest.raises(LabError, match=r"holds results with steps = 19, not 20"):
         job.carry_out(noniid, "")
+
+
+def test_folder_from_before_an_option_goes_on_with_its_default(tmp_path: Path):
+    recipe = Workers(methods=("group_norm",), classes_per_worker=(), frozen_shares=(), seeds=1, steps=2, workers=1,
+                     logger="none", out=tmp_path / "out")  # fmt: skip
+    job.carry_out(recipe, "")
+    path = recipe.folder / "config.yaml"
+    options = yaml.safe_load(path.read_text())
+    assert options.pop("rates") == {}
+    path.write_text(yaml.safe_dump(options))
+    job.carry_out(recipe, "")
+    with pytest.raises(LabError, match=r"holds results with rates = \{\}, not \{'group norm': 0.5\}"):
+        job.carry_out(replace(recipe, rates={"group norm": 0.5}), "")
 
 
 def test_folder_says_where_it_comes_from(noniid: NonIid):

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, Field, asdict, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def _read_options(folder: Path) -> dict[str, Any]:
 
 
 def _check_same(before: Mapping[str, object], now: Mapping[str, object], recipe: Recipe) -> None:
-    defaults = {field.name: _as_yaml(field.default) for field in fields(recipe) if field.default is not MISSING}
+    defaults = {field.name: _as_yaml(_default(field)) for field in fields(recipe)}
     for name, value in now.items():
         held = before.get(name, defaults.get(name)) if before else value  # an option that came later had its default
         if held != value and name not in _INDIFFERENT:
@@ -96,6 +96,10 @@ def _check_same(before: Mapping[str, object], now: Mapping[str, object], recipe:
                 f"{recipe.folder}: holds results with {name} = {held}, not {value}; "
                 f"choose another --out, or delete the folder"
             )
+
+
+def _default(option: Field[Any]) -> Any:
+    return option.default if option.default_factory is MISSING else option.default_factory()
 
 
 def _as_yaml(value: Any) -> Any:
