@@ -21,6 +21,7 @@ PICTURE = re.compile(r"!\[(?P<text>[^\]]*)\]\((?P<path>[^)\s]+)\)")
 FIGURES_OF = {  # where the CSV does not lie beside the picture
     "docs/figures/copies.png": "benchmarks/results/layers.csv",
     "docs/figures/microbatch.png": "results/microbatch-digits/results.csv",
+    "docs/figures/workers.png": "results/workers-fashion/results.csv",
     "docs/figures/models.png": "benchmarks/results/models.csv",
 }
 pytestmark = pytest.mark.skipif(not (ROOT / "results").exists(), reason="an sdist holds no results")
