@@ -10,7 +10,7 @@ OUT ?= runs
 # uv installs, from PATH or else the registry; pip where uv is not to be had, or knows less than pip of where packages are.
 UV = $(shell PATH="$$PATH:$(BIN)"; command -v uv)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-INSTALL = install() { $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt $(AFRESH) "$$@" || )\
+INSTALL = install() { $(if $(UV),$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt $(AFRESH) "$$@" || )\
 	$(PIP) "$$@"; }; install
 
 # The environment in two parts: what a user needs, and what tests, checks and documents need besides.
