@@ -79,12 +79,17 @@ def package_files(package: Path = ROOT / "src" / "renorm") -> set[str]:
 
 
 def fresh_environment(folder: Path, python: str, *wheels: Path) -> Path:
-    """The Python of a new virtual environment with the wheels, which finds torch where the given Python has it."""
+    """The Python of a new virtual environment with the wheels; all but renorm it finds where the given Python does."""
     subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True)
     new = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", new, "install", "--quiet", "--no-index", "--no-deps", *wheels]
     subprocess.run(pip, check=True)
-    Path(printed(new, "-c", _SITE), "others.pth").write_text(printed(python, "-c", _SITE))
+    others = folder / "others"
+    others.mkdir()
+    for path in Path(printed(python, "-c", _SITE)).iterdir():
+        if not path.name.startswith(("renorm", "__editable__")):
+            (others / path.name).symlink_to(path)
+    Path(printed(new, "-c", _SITE), "others.pth").write_text(str(others))
     return new
 
 
