@@ -112,6 +112,6 @@ def draw() -> tuple[Figure, list[list[str]]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     picture, table = draw()
-    picture.savefig(HERE / "tiles.png", dpi=120)
+    picture.savefig(HERE / "tiles.png", dpi=90)
     with (HERE / "tiles.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(table)

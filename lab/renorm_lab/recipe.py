@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -228,3 +228,17 @@ class Recipe(ABC):
         shared = ("steps", "lr", "momentum", "optimizer", "schedule", "weight_decay", "norm_decay", "average",
                   "train_gamma", "precision")  # fmt: skip
         return Run(**(common | {name: getattr(self, name) for name in shared} | changes))
+
+
+def check_rates(rates: Mapping[str, float], rows: Iterable[str]) -> None:
+    """Make sure that learning rates of rows of a table are of rows that it has.
+
+    Args:
+        rates: learning rates by row.
+        rows: the table's.
+
+    Raises:
+        LabError: there is no such row.
+    """
+    for name in rates.keys() - set(rows):
+        raise LabError(f"rates must be of rows of the table ({'; '.join(rows)}), got {name}")

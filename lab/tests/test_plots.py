@@ -30,6 +30,13 @@ def test_whiskers_end_within_the_panel():
     assert panel.get_xlim()[1] > 30 + 28.3
 
 
+def test_the_number_of_a_bar_shorter_than_it_is_not_taken_for_the_bar():
+    cells = {("long", "n = 4"): Cell((60.0,)), ("none", "n = 4"): Cell((0.0,))}
+    (panel,) = draw_bars(Summary(["long", "none"], ["n = 4"], cells, cells), ["n = 4"], "a table").axes[:1]
+    behind = {text.get_text(): text.get_bbox_patch().get_facecolor() for text in panel.texts}
+    assert behind["0.0"] == (1, 1, 1, 1) != behind["60.0"]
+
+
 def test_a_long_title_stays_within_its_picture():
     summary = Summary(["batch norm"], ["i.i.d."], *[{("batch norm", "i.i.d."): Cell((10.0,))}] * 2)
     figure = draw_bars(summary, ["i.i.d."], "Example weighing on trained models: resnet8 on data/cifar100.npz")

@@ -73,6 +73,25 @@ def rows(method: MethodName, ghost_sizes: Iterable[int], group_size: int) -> lis
     return [(f"{label}, n = {size}", size) for size in sizes]
 
 
+def labelled_rows(
+    methods: Iterable[MethodName], frozen_shares: Iterable[float]
+) -> dict[str, tuple[MethodName, dict[str, Any]]]:
+    """The rows of a table of methods, and of batch norm that is frozen to its running statistics in the end.
+
+    Args:
+        methods: normalization methods.
+        frozen_shares: of the training, at its end, one row each.
+
+    Returns:
+        Method and other fields of `Run` by label.
+    """
+    rows: dict[str, tuple[MethodName, dict[str, Any]]] = {METHODS[method].label: (method, {}) for method in methods}
+    for share in frozen_shares:
+        when = "" if share == 1 else f" for the last {share:.0%}"
+        rows[f"{METHODS['batch_norm'].label}, frozen{when}"] = "batch_norm", {"frozen_share": share}
+    return rows
+
+
 def norm_factory(run: Run) -> partial[renorm.Norm]:
     """What makes the normalization layers of a run.
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..data import Dataset
 from ..data.classes import set_aside
-from ..errors import LabError
-from ..networks.methods import METHODS, MethodName
-from ..recipe import SMALL, SUMMERS, TINY, Scales
+from ..networks.methods import MethodName, labelled_rows
+from ..recipe import SMALL, SUMMERS, TINY, Scales, check_rates
 from ..runs import Run
 from .smallbatch import SmallBatch
 
@@ -72,13 +71,9 @@ class Finetune(SmallBatch):
         return set_aside(super().load(), self._first_steps > 0, self.examples_per_class)
 
     def runs(self, dataset: Dataset) -> list[Run]:
-        rows: dict[str, tuple[MethodName, dict[str, Any]]] = {METHODS[name].label: (name, {}) for name in self.methods}
-        for share in self.frozen_shares:
-            label = "batch norm, frozen" if share == 1 else f"batch norm, frozen for the last {share:.0%}"
-            rows[label] = "batch_norm", {"frozen_share": share}
+        rows = labelled_rows(self.methods, self.frozen_shares)
         rows[f"all four, n = {self.ghost_size}"] = "ghost_batch_norm", {"norm_decay": "all"}
-        for label in self.rates.keys() - rows.keys():
-            raise LabError(f"rates must be of rows of the table ({'; '.join(rows)}), got {label}")
+        check_rates(self.rates, rows)
         common = {"pretrained": self.pretrained, "pretraining_steps": self._first_steps, "norm_decay": "none",
                   "plain_phase": 0.0, "ramps": 0.0, "measures": "averages" if self.average else ""}  # fmt: skip
         return [

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jsonargparse.typing import OpenUnitInterval, PositiveFloat, PositiveInt
 
 from ..data import Dataset
 from ..data.scenes import compose
 from ..errors import LabError
-from ..networks.methods import METHODS, MethodName
+from ..networks.methods import MethodName, labelled_rows
 from ..recipe import TINY, Recipe, Scales
 from ..runs import Run
 
@@ -71,19 +71,12 @@ class Tiles(Recipe):
             raise LabError(str(error)) from None
 
     def runs(self, dataset: Dataset) -> list[Run]:
-        rows: list[tuple[MethodName, str, dict[str, Any]]] = [
-            (method, METHODS[method].label, {}) for method in self.methods
-        ]
-        rows += [
-            ("batch_norm", f"batch norm, frozen for the last {share:.0%}", {"frozen_share": share})
-            for share in self.frozen_shares
-        ]
         return [
             self.make_run(
                 dataset, method, None, label=label, regime=f"{size} patch{'es' * (size > 1)} a batch", seed=seed,
                 batch_size=size, objective="segmentation", measures="tiles", **change,
             )
-            for method, label, change in rows
+            for label, (method, change) in labelled_rows(self.methods, self.frozen_shares).items()
             for size in self.batch_sizes
             for seed in self.seed_numbers
         ]  # fmt: skip

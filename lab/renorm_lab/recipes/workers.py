@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jsonargparse.typing import OpenUnitInterval, PositiveFloat, PositiveInt
 
 from ..data import Dataset
 from ..errors import LabError
-from ..networks.methods import METHODS, MethodName
-from ..recipe import SMALL, SUMMERS, TINY, Recipe, Scales
+from ..networks.methods import METHODS, MethodName, labelled_rows
+from ..recipe import SMALL, SUMMERS, TINY, Recipe, Scales, check_rates
 from ..runs import Run
 from ..summary import Summary
 
@@ -70,16 +70,8 @@ class Workers(Recipe):
         columns = {f"{number} class{'es' * (number > 1)} each": number * examples for number in self.classes_per_worker}
         if self.synchronized:
             columns["synchronized"] = classes * examples
-        rows: list[tuple[MethodName, str, dict[str, Any]]] = [
-            (method, METHODS[method].label, {}) for method in self.methods
-        ]
-        rows += [
-            ("batch_norm", f"batch norm, frozen for the last {share:.0%}", {"frozen_share": share})
-            for share in self.frozen_shares
-        ]
-        labels = [label for _, label, _ in rows]
-        for label in self.rates.keys() - set(labels):
-            raise LabError(f"rates must be of rows of the table ({'; '.join(labels)}), got {label}")
+        rows = labelled_rows(self.methods, self.frozen_shares)
+        check_rates(self.rates, rows)
         return [
             self.make_run(
                 dataset, method, self.group_size if method == "batch_group_norm" else shared, label=label,
@@ -87,7 +79,7 @@ class Workers(Recipe):
                 examples_per_class=examples, order="class", measures="like training+training batches",
                 lr=self.rates.get(label, self.lr), **change,
             )
-            for method, label, change in rows
+            for label, (method, change) in rows.items()
             for regime, shared in columns.items()
             for seed in self.seed_numbers
         ]  # fmt: skip

@@ -26,6 +26,7 @@ _PANEL_WIDTH = 4.2  # inches
 _COLUMNS = 4  # panels side by side
 _DPI = 150
 _GAP = 0.05  # between panels, of their width, so that numbers below one do not touch those of the next
+_LABEL = 0.08  # of the axis, which a bar's number takes
 _LETTERS = 10.5  # of a title on an inch
 _NARROW, _WIDE = 26, 36  # letters of a name on a line, beside one panel and beside several
 
@@ -74,11 +75,13 @@ def draw_bars(summary: Summary, regimes: Sequence[str], title: str) -> Figure:
             finished = [(place + offset, cells[method, regime]) for place, method in zip(places, summary.methods,
                         strict=True) if (method, regime) in cells]  # fmt: skip
             at, means = [place for place, _ in finished], [cell.mean for _, cell in finished]
-            axes.barh(at, means, 0.38, xerr=[cell.deviation for _, cell in finished], color=colour, label=label,
+            spreads = None if summary.seeds == "1 seed" else [cell.deviation for _, cell in finished]
+            axes.barh(at, means, 0.38, xerr=spreads, color=colour, label=label,
                       error_kw={"capsize": 2, "linewidth": 1})  # fmt: skip
             for place, mean in zip(at, means, strict=True):
+                behind = colour if mean > _LABEL * end else "white"  # or the number of a short bar looked like its end
                 axes.text(end / 100, place, f"{mean:.1f}", va="center", fontsize=8, zorder=5,
-                          bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.5})  # fmt: skip
+                          bbox={"facecolor": behind, "edgecolor": "none", "pad": 0.5})  # fmt: skip
         axes.set(title=regime, xlabel=f"test {summary.score} in %", xlim=(0, end))
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)

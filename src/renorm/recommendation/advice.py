@@ -79,7 +79,7 @@ class Recommendation:
     otherwise: tuple[str, ...] = ()
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Convert a model's batch norm layers, in place, as `renorm.convert` does.
+        """Convert a model's batch norm layers, in place, as `renorm.convert` does; `code` has what else is to be done.
 
         Args:
             model: not yet wrapped in DDP or FSDP nor compiled.

@@ -164,7 +164,8 @@ def recommend(
             perceptrons, whose input is (N, C), as in reinforcement learning by default.
         plain: whether the trained network must be plain nn.BatchNorm again, by `renorm.to_batchnorm`, to be folded,
             quantized or read by other programs.
-        can_synchronize: whether workers can wait for each other in every layer.
+        can_synchronize: whether workers can wait for each other in every layer; asked where the statistics depend on
+            the batch and the gradient does not.
         task: classification, segmentation, detection, metric, reinforcement, gan or federated.
 
     Returns:
@@ -236,7 +237,9 @@ def _fine_tuning(situation: _Situation) -> Recommendation:
     if situation.dependent:
         why += " Examples that depend on each other were not measured in fine-tuning."
     if situation.task == "detection":
-        why += " Frozen batch norm, the usual choice there, was behind; no detector was trained here."
+        why += (
+            " Frozen batch norm, the usual choice there, was behind in batches of 2 to 8; no detector was trained here."
+        )
     return _advice(situation, why, BatchRenorm, {"limits": limits}, FINETUNED)
 
 
@@ -262,7 +265,7 @@ def _dependent(situation: _Situation) -> Recommendation:
         )
         return _advice(situation, why, BatchNorm, {}, (WORKERS, WORKERS_DIGITS), frozen_share=0.5)
     if situation.task == "metric":
-        options = {"examples_per_group": _ENOUGH} if situation.batch_size > _ENOUGH else {}
+        options = {"examples_per_group": _ENOUGH} if situation.batch_size >= _ENOUGH else {}
         layer = GhostBatchNorm if options else None
         why = "Embeddings of unseen classes were best with ghost batches of 16, and batch renorm was behind batch norm."
         return _advice(situation, why, layer, options, (METRIC,))
