@@ -55,7 +55,8 @@ def logits(output: Any) -> Tensor:
 
 
 def batch_norms(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    return [name for name, layer in layers.items() if not isinstance(layer, renorm.Norm)]
 
 
 @models

@@ -118,7 +118,7 @@ def _tracking_layers(models: tuple[nn.Module, ...]) -> list[Norm]:
             "renorm.convert(model, renorm.BatchNorm) makes them renorm's",
             stacklevel=4,
         )
-    return [layer for layer in layers if layer.track_running_stats]
+    return [layer for layer in layers if layer.has_statistics]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from .activation import Activation
 from .limits import Limits
@@ -213,73 +214,73 @@ class BatchGroupNorm(Norm):
         return self.num_features // self.channels_per_group
 
 
-class BatchNorm1d(BatchNorm):
+class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
     """`BatchNorm` for input of shape (N, C) or (N, C, L)."""
 
     input_ranks = (2, 3)
 
 
-class BatchNorm2d(BatchNorm):
+class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
     """`BatchNorm` for input of shape (N, C, H, W)."""
 
     input_ranks = (4,)
 
 
-class BatchNorm3d(BatchNorm):
+class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
     """`BatchNorm` for input of shape (N, C, D, H, W)."""
 
     input_ranks = (5,)
 
 
-class BatchRenorm1d(BatchRenorm):
+class BatchRenorm1d(BatchRenorm, nn.BatchNorm1d):
     """`BatchRenorm` for input of shape (N, C) or (N, C, L)."""
 
     input_ranks = (2, 3)
 
 
-class BatchRenorm2d(BatchRenorm):
+class BatchRenorm2d(BatchRenorm, nn.BatchNorm2d):
     """`BatchRenorm` for input of shape (N, C, H, W)."""
 
     input_ranks = (4,)
 
 
-class BatchRenorm3d(BatchRenorm):
+class BatchRenorm3d(BatchRenorm, nn.BatchNorm3d):
     """`BatchRenorm` for input of shape (N, C, D, H, W)."""
 
     input_ranks = (5,)
 
 
-class GhostBatchNorm1d(GhostBatchNorm):
+class GhostBatchNorm1d(GhostBatchNorm, nn.BatchNorm1d):
     """`GhostBatchNorm` for input of shape (N, C) or (N, C, L)."""
 
     input_ranks = (2, 3)
 
 
-class GhostBatchNorm2d(GhostBatchNorm):
+class GhostBatchNorm2d(GhostBatchNorm, nn.BatchNorm2d):
     """`GhostBatchNorm` for input of shape (N, C, H, W)."""
 
     input_ranks = (4,)
 
 
-class GhostBatchNorm3d(GhostBatchNorm):
+class GhostBatchNorm3d(GhostBatchNorm, nn.BatchNorm3d):
     """`GhostBatchNorm` for input of shape (N, C, D, H, W)."""
 
     input_ranks = (5,)
 
 
-class BatchGroupNorm1d(BatchGroupNorm):
+class BatchGroupNorm1d(BatchGroupNorm, nn.BatchNorm1d):
     """`BatchGroupNorm` for input of shape (N, C) or (N, C, L)."""
 
     input_ranks = (2, 3)
 
 
-class BatchGroupNorm2d(BatchGroupNorm):
+class BatchGroupNorm2d(BatchGroupNorm, nn.BatchNorm2d):
     """`BatchGroupNorm` for input of shape (N, C, H, W)."""
 
     input_ranks = (4,)
 
 
-class BatchGroupNorm3d(BatchGroupNorm):
+class BatchGroupNorm3d(BatchGroupNorm, nn.BatchNorm3d):
     """`BatchGroupNorm` for input of shape (N, C, D, H, W)."""
 
     input_ranks = (5,)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_limits
+from .transforms import is_transformed
 
 # P1, section 4: plain batch norm for 5,000 of 130,000 steps, d_max reached at 25,000, r_max at 40,000.
 _PAPER_STEPS = 130_000
@@ -137,7 +138,7 @@ class Limits:
         """
         if self.start == self.r_end == self.d_end == 0:
             return self.r_max, self.d_max
-        if type(step) is Tensor and step.is_cpu and not torch.compiler.is_compiling():
+        if type(step) is Tensor and step.is_cpu and not (torch.compiler.is_compiling() or is_transformed()):
             return self.at(int(step))
         step = step.to(dtype)
         return self._ramp(step, 1.0, self.r_max, self.r_end), self._ramp(step, 0.0, self.d_max, self.d_end)
@@ -172,3 +173,7 @@ class Limits:
             return torch.full_like(step, high).where(step >= end, low)
         share = ((step - self.start) / (end - self.start)).clamp(0, 1)
         return low + share / (1 - share) if high == math.inf else low + (high - low) * share
+
+
+# No correction, but single elements are still taken: while statistics are taken anew.
+AT_REST = Limits.constant(r_max=1.0, d_max=0.0)

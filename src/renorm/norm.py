@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.fx.proxy import Proxy
 
 from .activation import Activation, require_activation
 from .checks import check_channels, check_example_weight
 from .grouping import Grouping
-from .limits import Limits
+from .limits import AT_REST, Limits
 from .moments import Moments
 from .occasions import Occasion, occasion_of
 from .ops.dispatch import evaluate, normalize, target_of, train
@@ -85,7 +85,7 @@ class Norm(State):
         act: Activation | None = None,
         sync: Sync | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # what torch's batch norm would make is made by `_register`
         self.grouping = Grouping(examples_per_group, channels_per_group)
         check_channels(num_features, channels_per_group)
         rule_of(tracking)
@@ -117,7 +117,7 @@ class Norm(State):
     @example_weight.setter
     def example_weight(self, value: float) -> None:
         check_example_weight(value)
-        if value > 0 and not self.track_running_stats:
+        if value > 0 and not self.track_running_stats and self._buffers.get("running_mean") is None:
             raise ValueError(
                 f"example_weight needs running statistics to weigh against: track_running_stats must be True, "
                 f"got example_weight={value}"
@@ -136,7 +136,7 @@ class Norm(State):
 
     def forward(
         self,
-        x: Tensor,
+        input: Tensor,
         mask: Tensor | None = None,
         residual: Tensor | None = None,
         act: Activation | None = None,
@@ -144,25 +144,25 @@ class Norm(State):
         """Normalize a batch, and in training move the running statistics.
 
         Args:
-            x: input, (N, C, *S), floating point.
+            input: (N, C, *S), floating point.
             mask: True where an element counts, (N, *S) or broadcastable to it; other elements touch neither
                 statistics nor gradients, and their output is 0.
-            residual: added before the activation, shape of x.
+            residual: added before the activation, shape of the input.
             act: activation of this call, for a layer without one of its own.
 
         Returns:
-            The output, shape and dtype of x.
+            The output, shape and dtype of the input.
 
         Raises:
-            TypeError: x is not floating point, or the mask not boolean.
+            TypeError: the input is not floating point, or the mask not boolean.
             ValueError: a shape does not fit, a statistics group has a single element and there are no limits, or the
                 layer has an activation of its own and another is given.
         """
-        self._check(x)
+        self._check(input)
         own = self._fused_activation()
         if act is not None and own is not None:
             raise ValueError(f"act must be None for a layer that has act={own!r} of its own, got {act!r}")
-        return self._finish(self._normalize(Inputs(x, self.weight, self.bias, mask, residual), act or own))
+        return self._finish(self._normalize(Inputs(input, self.weight, self.bias, mask, residual), act or own))
 
     def _fused_activation(self) -> Activation | None:
         return self.act
@@ -186,22 +186,25 @@ class Norm(State):
             )
 
     def _normalize(self, inputs: Inputs, act: Activation | None) -> Tensor:
-        if self.track_running_stats and not self.training:
+        if not self.training and self.has_statistics:
             running = Running(self.running_mean, self.running_var)
-            return evaluate(inputs, Settings(self.grouping, self.eps, act), running, self.example_weight)
+            return evaluate(inputs, Settings(self.grouping, self._eps, act), running, self.example_weight)
         # the compiler must meet a float of the module outside autograd.Function first
-        settings = Settings(self.grouping, self.eps * 1.0, act)
-        if not self.track_running_stats:
+        settings = Settings(self.grouping, self._eps * 1.0, act)
+        if not self.has_statistics:
             return self._by_batch(inputs, settings, None)[0]
-        state = self._state()
-        occasion = occasion_of(self, state, self.blocks, sees_state=self.limits is not None)
+        state, limits = self._state(), self._limits_now()
+        occasion = occasion_of(self, state, self.effective_blocks(), sees_state=limits is not None)
         if self.sync is not None and self.workers.number > 1:
             occasion = occasion or Occasion(state, "batch", moves=True)
             y: Tensor = _in_eager_mode(self._normalize_apart, inputs, settings, occasion)
             return y
         if occasion is not None:
             return self._normalize_apart(inputs, settings, occasion)
-        return train(inputs, settings, state, self.limits, Rule(self.tracking, self.momentum))
+        return train(inputs, settings, state, limits, Rule(self.tracking, self._momentum))
+
+    def _limits_now(self) -> Limits | None:
+        return AT_REST if self.estimates and self.limits is not None else self.limits
 
     def _normalize_apart(self, inputs: Inputs, settings: Settings, occasion: Occasion) -> Tensor:
         """A training forward that is not the ordinary one: in a block, in a checkpoint, or with other workers."""
@@ -209,7 +212,7 @@ class Norm(State):
             # copies, since the buffers may move before the backward
             running = Running(occasion.state.mean.clone(), occasion.state.var.clone())
             return evaluate(inputs, settings, running, self.example_weight)
-        y, batches = self._by_batch(inputs, settings, target_of(inputs, occasion.state, self.limits))
+        y, batches = self._by_batch(inputs, settings, target_of(inputs, occasion.state, self._limits_now()))
         if occasion.moves:
             self.commit(batches)
         self._merge_after(y, occasion)

@@ -41,9 +41,11 @@ class Frozen:
 
     Args:
         statistics: what to normalize by.
+        lasts: whether it has no end but being taken back, and copies are in it too.
     """
 
     statistics: Statistics
+    lasts: bool = False
 
 
 Blocks = tuple[Accumulation | Frozen, ...]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .grouping import Grouping
 from .moments import Moments, accumulation_dtype
-from .occasions import Blocks, counts, innermost_accumulation
+from .occasions import Blocks, Frozen, Statistics, counts, innermost_accumulation
 from .ops.dispatch import track
 from .ops.problem import RunningState, Settings
 from .ops.tracking import Rule, Tracking
+from .substitution import refuse_substitution
 from .workers.group import Workers
 from .workers.pool import Pool, pool_of
 from .workers.sums import Summed
@@ -22,21 +25,18 @@ from .workers.sums import Summed
 Sync = Literal["running", "batch"]
 _serials = count()
 _STATISTICS = ("running_mean", "running_var")
+_AT_REST = Frozen("batch")
 
 
-class State(nn.Module):
+class State(_BatchNorm):
     """nn.BatchNorm's state, and its moves: at once, after a block of `renorm.accumulate`, or merged over workers."""
 
-    num_features: int
-    eps: float
-    momentum: float | None
     affine: bool
-    track_running_stats: bool
     tracking: Tracking
     grouping: Grouping
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-    # None without track_running_stats; every use is behind that question
+    weight: nn.Parameter | None  # type: ignore[assignment]  # torch's stubs leave None out
+    bias: nn.Parameter | None  # type: ignore[assignment]
+    # None where there are none; every use is behind that question
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -48,7 +48,77 @@ class State(nn.Module):
     workers: Workers  # that share a batch's statistics, or merge the running ones
     pool: Pool | None = None  # of the model, with which running statistics are merged
 
-    _version = 2  # nn.BatchNorm's, whose checkpoints had no num_batches_tracked before
+    estimates = False  # statistics are being taken anew, so there is nothing to correct towards
+
+    @property
+    def eps(self) -> float:
+        """Added to variances.
+
+        Raises:
+            RuntimeError: a tool that reads it is about to replace the layer by one that does not do the same.
+        """
+        if not torch.compiler.is_compiling():
+            refuse_substitution(self, sys._getframe(1))
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._eps = value
+
+    @property
+    def momentum(self) -> float | None:
+        """Weight of a new batch in the running statistics; None for the cumulative average.
+
+        0 leaves the statistics and the step as they are. To set a layer's momentum to None or 1 is how tools take
+        statistics anew (torch's update_bn, precise batch norm): the correction rests until it is another number again.
+        A layer constructed with None corrects by its cumulative average.
+        """
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        before = self.__dict__.get("_momentum", value)
+        if value != before:
+            self.estimates = value is None or value == 1
+        self._momentum = value
+
+    @property
+    def frozen(self) -> Statistics | None:
+        """Whether the running statistics stay as they are in training mode, and what the layer then normalizes by.
+
+        None, the default; "running", as at evaluation; or "batch", as in training. An attribute to set: it outlasts
+        `model.train()`, copies and pickling, and is not in the state dict. For a block of code there is `renorm.freeze`.
+
+        Raises:
+            ValueError: it is set to something else.
+
+        Example:
+            >>> import torch, renorm
+            >>> layer = renorm.BatchRenorm1d(3)
+            >>> layer.frozen = "running"
+            >>> y = layer.train()(torch.ones(4, 3))
+            >>> layer.num_batches_tracked
+            tensor(0)
+        """
+        return next((block.statistics for block in self.blocks if isinstance(block, Frozen) and block.lasts), None)
+
+    @frozen.setter
+    def frozen(self, statistics: Statistics | None) -> None:
+        if statistics not in (None, *get_args(Statistics)):
+            raise ValueError(f"frozen must be None, 'running' or 'batch', got {statistics!r}")
+        others = tuple(block for block in self.blocks if not (isinstance(block, Frozen) and block.lasts))
+        self.blocks = others if statistics is None else (Frozen(statistics, lasts=True), *others)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether there are running statistics, by which evaluation goes, whatever `track_running_stats` says."""
+        return self._buffers["running_mean"] is not None
+
+    def effective_blocks(self) -> Blocks:
+        """The blocks that the layer is in, and what its attributes come to: a momentum of 0 moves nothing."""
+        if self.track_running_stats and self._momentum != 0:
+            return self.blocks
+        return (_AT_REST, *self.blocks)
 
     def _register(self, device: torch.device | str | None, dtype: torch.dtype | None, bias: bool) -> None:
         def parameter(wanted: bool) -> nn.Parameter | None:
@@ -109,7 +179,7 @@ class State(nn.Module):
 
     def reset_running_stats(self) -> None:
         """Forget every batch: mean 0, variance 1, step 0."""
-        if not self.track_running_stats:
+        if not self.track_running_stats or not self.has_statistics:
             return
         self.running_mean.zero_()
         self.running_var.fill_(1)
@@ -138,9 +208,10 @@ class State(nn.Module):
         Args:
             batches: moments of every channel in every example group of each, (G, C).
         """
-        if not counts(self.blocks):
+        blocks = self.effective_blocks()
+        if not counts(blocks):
             return
-        accumulation = innermost_accumulation(self.blocks)
+        accumulation = innermost_accumulation(blocks)
         if accumulation is not None:
             accumulation.batches.extend(batches)
             return
@@ -168,7 +239,7 @@ class State(nn.Module):
     @property
     def summed(self) -> Summed:
         """Which sums over workers the running statistics need."""
-        return Summed(self.num_features, self.tracking, self.grouping.channels_per_group, float(self.eps))
+        return Summed(self.num_features, self.tracking, self.grouping.channels_per_group, float(self._eps))
 
     def commit_merged(self, moments: Moments, left_out: Tensor) -> None:
         """Move the running statistics once, by the batches of all workers.
@@ -185,7 +256,7 @@ class State(nn.Module):
             return
         state = self._state()
         moments = batches[0] if len(batches) == 1 else _as_groups_of_one(batches, state)
-        track(state, moments, Rule(self.tracking, self.momentum), Settings(self.grouping, self.eps))
+        track(state, moments, Rule(self.tracking, self._momentum), Settings(self.grouping, self._eps))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers[name] for name in _STATISTICS}
@@ -199,15 +270,10 @@ class State(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        if self.track_running_stats:
-            if local_metadata.get("version", 1) < 2:
-                own = self.num_batches_tracked
-                count = torch.zeros((), dtype=torch.long) if own.is_meta else own
-                state_dict.setdefault(prefix + "num_batches_tracked", count)
-            for name in _STATISTICS:
-                loaded = state_dict.get(prefix + name)
-                if loaded is not None:  # load_state_dict(assign=True) would take over half precision
-                    state_dict[prefix + name] = loaded.to(accumulation_dtype(loaded.dtype))
+        for name in _STATISTICS:
+            loaded = state_dict.get(prefix + name)
+            if loaded is not None:  # load_state_dict(assign=True) would take over half precision
+                state_dict[prefix + name] = loaded.to(accumulation_dtype(loaded.dtype))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -217,7 +283,14 @@ class State(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies are outside of the blocks, which would never end for them.
-        return {name: value for name, value in self.__dict__.items() if name != "blocks"}
+        lasting = tuple(block for block in self.blocks if isinstance(block, Frozen) and block.lasts)
+        return self.__dict__ | {"blocks": lasting}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What a tool makes of a count on the meta device is memory that nobody has written to.
+        if name == "num_batches_skipped" and isinstance(value, Tensor) and self.num_batches_skipped.is_meta:
+            value = torch.zeros_like(value)
+        super().__setattr__(name, value)
 
 
 def _as_groups_of_one(batches: Sequence[Moments], state: RunningState) -> Moments:

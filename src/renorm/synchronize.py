@@ -57,16 +57,16 @@ def synchronize(
     if ranks_per_group is not None and sync != "batch":
         raise ValueError(f"ranks_per_group is for sync='batch', got sync={sync!r}, ranks_per_group={ranks_per_group}")
     named = norms(model)
-    layers = [layer for layer in named.values() if layer.track_running_stats or sync != "running"]
+    layers = [layer for layer in named.values() if layer.has_statistics or sync != "running"]
     for name, layer in named.items():
         if layer in layers:
             _check(name, layer, sync)
     workers = Workers(process_group)
     merges = sync == "running" or ranks_per_group is not None
-    pool = Pool(workers, [layer for layer in layers if layer.track_running_stats]) if merges else None
+    pool = Pool(workers, [layer for layer in layers if layer.has_statistics]) if merges else None
     among = workers if ranks_per_group is None else _groups_of(ranks_per_group, workers)
     for layer in layers:
-        layer.synchronize(sync, among, pool if layer.track_running_stats else None)
+        layer.synchronize(sync, among, pool if layer.has_statistics else None)
     return model
 
 

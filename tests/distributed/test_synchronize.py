@@ -336,8 +336,7 @@ def test_one_process_is_as_without_synchronization(sync: str) -> None:
     assert_identical([cases.buffers(layer), cases.buffers(plain)])
 
 
-def test_torch_s_converter_leaves_the_correction_in_place() -> None:
-    model = torch.nn.Sequential(renorm.BatchRenorm2d(3), torch.nn.BatchNorm2d(3))
-    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    assert type(converted[0]) is renorm.BatchRenorm2d
-    assert type(converted[1]) is torch.nn.SyncBatchNorm
+def test_torch_s_converter_is_told_of_ours() -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), renorm.BatchRenorm2d(3))
+    with pytest.raises(RuntimeError, match=r'renorm\.synchronize\(model, "batch"\)'):
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)

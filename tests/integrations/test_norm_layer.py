@@ -21,7 +21,7 @@ FACTORIES = {"class": renorm.BatchRenorm2d, "partial": partial(renorm.BatchRenor
 
 def counts(model: nn.Module) -> tuple[int, int]:
     ours = sum(isinstance(module, renorm.BatchRenorm2d) for module in model.modules())
-    return ours, sum(isinstance(module, _BatchNorm) for module in model.modules())
+    return ours, sum(isinstance(module, _BatchNorm) for module in model.modules()) - ours
 
 
 @pytest.fixture(scope="module")

@@ -123,12 +123,12 @@ def test_a_variance_never_becomes_negative(tracking: Any) -> None:
 
 
 @pytest.mark.parametrize("tracking", TRACKING)
-def test_momentum_zero_keeps_the_statistics(tracking: Any) -> None:
+def test_momentum_zero_keeps_the_statistics_and_the_step(tracking: Any) -> None:
     layer = renorm.BatchNorm1d(3, momentum=0.0, tracking=tracking)
     layer(torch.randn(8, 3))
     assert torch.equal(layer.running_mean, torch.zeros(3))
     assert torch.equal(layer.running_var, torch.ones(3))
-    assert layer.num_batches_tracked == 1
+    assert layer.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("tracking", TRACKING)

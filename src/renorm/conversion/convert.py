@@ -13,9 +13,10 @@ from ..fusion.model import fuse as fuse_calls
 from ..fusion.model import unfuse
 from ..modules import norms, refuse_wrapped, replace_modules
 from ..norm import Norm
+from ..substitution import obstacle
 from ..workers.pool import Pool
 from .options import check_options
-from .plain import obstacle, plain
+from .plain import plain
 from .report import ConversionReport, PassedOver, Replacement
 from .targets import Where, is_candidate, replacement, selector, target_class
 

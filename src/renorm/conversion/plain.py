@@ -16,27 +16,6 @@ from ..ops.statistics import merge_running
 from .targets import DIMENSIONS
 
 
-def obstacle(layer: Norm) -> str:
-    """Why nn.BatchNorm cannot do what a layer does at evaluation.
-
-    Args:
-        layer: layer of ours.
-
-    Returns:
-        The reason; empty if it can.
-    """
-    if layer.example_weight > 0:
-        return (
-            f"example_weight={layer.example_weight} weighs every example's own statistics in, which no fixed scale and "
-            "shift can; to fold, quantize or export as batch norm, set it to 0, which changes outputs"
-        )
-    if layer.act is not None and not isinstance(layer, NormAct):
-        return f"act={layer.act!r} is applied inside the layer"
-    if not layer.track_running_stats and not (layer.examples_per_group is None and layer.channels_per_group == 1):
-        return "it evaluates by the statistics of groups (track_running_stats=False)"
-    return ""
-
-
 def plain(layer: Norm) -> Any:
     """The nn.BatchNorm that evaluates as a layer does, with its very parameters and buffers.
 
@@ -49,15 +28,15 @@ def plain(layer: Norm) -> Any:
     Warns:
         UserWarning: running statistics had to be rounded to a parameter's half precision.
     """
-    settings = (layer.num_features, layer.eps, layer.momentum, False, layer.track_running_stats)
+    settings = (layer.num_features, layer.eps, layer.momentum, False, layer.has_statistics)
     if isinstance(layer, NormAct):
         new = sys.modules["timm.layers"].BatchNormAct2d(*settings)
         new.drop, new.act = layer.drop, layer.act
     else:
         new = _plain_class(layer)(*settings)
-    new.affine = layer.affine
+    new.affine, new.track_running_stats = layer.affine, layer.track_running_stats
     carry_over(layer, new)
-    if layer.track_running_stats:
+    if layer.has_statistics:
         _fit_statistics(layer, new)
     return new
 

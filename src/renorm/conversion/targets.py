@@ -126,9 +126,10 @@ def replacement(name: str, old: Any, target: type[Norm], steps: Literal["keep", 
             f"cannot convert {name or 'the root'!r}: steps=0 would restart the cumulative average (momentum=None), "
             "which counts with the same step; give a momentum or steps='keep'"
         )
-    if isinstance(old, nn.SyncBatchNorm) and "sync" not in options and new.track_running_stats:
+    if isinstance(old, nn.SyncBatchNorm) and "sync" not in options and new.has_statistics:
         new.synchronize("batch" if new.examples_per_group is None else "running", Workers(old.process_group))
     new.affine = old.affine
+    new.track_running_stats = getattr(old, "track_running_stats", new.track_running_stats)
     carry_over(old, new)
     if steps == 0 and new.num_batches_tracked is not None:
         new.num_batches_tracked = torch.zeros_like(new.num_batches_tracked)

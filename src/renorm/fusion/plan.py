@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..norm import Norm
-from .calls import call_norm
 from .roles import is_bare, role
-from .sites import Fused, NotFused, Site, UnfusableError, find_site
+from .sites import Fused, NotFused, Site, UnfusableError, call_norm, find_site
 from .tracing import Trace, UntraceableError, trace
 
 LISTS = (nn.ModuleList, nn.ModuleDict)  # without a forward: what they hold is called by who holds them

@@ -8,14 +8,39 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from ..activation import Activation
-from .calls import call_norm
+from ..activation import Activation, activate
 from .roles import IDENTITY, call_activation, hooked, module_activation, role
 
 _ADDS: dict[Any, bool] = {operator.add: False, torch.add: False, "add": False, operator.iadd: True, "add_": True}
 _FRESH = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+
+
+def call_norm(
+    norm: nn.Module, x: Tensor, residual: Any = None, in_place: bool = False, act: Activation | None = None
+) -> Tensor:
+    """Normalize, add and activate in one go.
+
+    Args:
+        norm: norm layer.
+        x: its input.
+        residual: what is added to the normalized output; None for nothing.
+        in_place: whether the model adds in place, which matters for a residual of another shape or dtype.
+        act: activation applied last, if any.
+
+    Returns:
+        What the calls return one after the other.
+    """
+    if residual is None or (isinstance(residual, Tensor) and _is_alike(residual, x)):
+        y: Tensor = norm(x, residual=residual, act=act)
+        return y
+    add = operator.iadd if in_place else operator.add  # broadcasts and promotes, as layers do not
+    return activate(add(norm(x), residual), act)
+
+
+def _is_alike(residual: Tensor, x: Tensor) -> bool:
+    return residual.shape == x.shape and residual.dtype == x.dtype
 
 
 @dataclass(frozen=True)

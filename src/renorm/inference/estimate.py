@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..grouping import Grouping
-from ..limits import Limits
 from ..modules import tracking_layers
 from ..moments import Moments
 from ..norm import Norm
@@ -21,8 +20,6 @@ from ..ops.tracking import update_running
 from ..workers.group import Workers
 from ..workers.sums import Summed, from_sums, to_sums
 from .passes import ModelCall, arguments, batch_statistics, forward
-
-_PLAIN = Limits.constant(r_max=1.0, d_max=0.0)  # batch norm, and single elements are still taken
 
 
 def estimate(model: nn.Module, loader: Iterable[Any], *, forward: ModelCall = forward) -> nn.Module:
@@ -100,16 +97,16 @@ def _watched(model: nn.Module, layers: list[Any]) -> Iterator[list[list[Moments]
     """Yield a list for each layer that gets the moments of its batches, by which it normalizes."""
     blocks = {layer: Accumulation() for layer in layers}
     plain = [layer for layer in layers if not isinstance(layer, Norm)]
-    corrected = {layer: layer.limits for layer in layers if isinstance(layer, Norm) and layer.limits is not None}
+    ours = {layer: layer.estimates for layer in layers if isinstance(layer, Norm)}
     handles = [layer.register_forward_pre_hook(_noting(blocks[layer]), with_kwargs=True) for layer in plain]
     try:
-        for layer in corrected:
-            layer.limits = _PLAIN
+        for layer in ours:
+            layer.estimates = True
         with batch_statistics(model, layers, blocks):
             yield [block.batches for block in blocks.values()]
     finally:
-        for layer, limits in corrected.items():
-            layer.limits = limits
+        for layer, estimates in ours.items():
+            layer.estimates = estimates
         for handle in handles:
             handle.remove()
 

@@ -192,7 +192,7 @@ def _layers(model: nn.Module) -> dict[str, Norm]:
         converted = convert(model, BatchNorm, where=lambda _, module: _is_plain(module), report=lambda report: None)
         if converted is not model:
             raise ValueError("model must contain its norm layer: convert(model, renorm.BatchNorm) replaces it itself")
-    layers = {name: layer for name, layer in norms(model).items() if layer.track_running_stats}
+    layers = {name: layer for name, layer in norms(model).items() if layer.has_statistics}
     if not layers:
         raise ValueError(
             "model has no norm layer with running statistics: it must have nn.BatchNorm or layers of renorm, with "
@@ -202,7 +202,7 @@ def _layers(model: nn.Module) -> dict[str, Norm]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and tracks(module)
+    return isinstance(module, _BatchNorm) and not isinstance(module, Norm) and tracks(module)
 
 
 def _parts(layers: dict[str, Norm], per: Per) -> list[list[Norm]]:

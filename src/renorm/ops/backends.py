@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moments import Moments, accumulation_dtype
+from ..transforms import is_transformed
 from . import aten, reference
 from .problem import Implementation, Inputs, RunningState, Settings
 from .schema import implement
@@ -87,7 +88,7 @@ def take(x: Tensor, residual: Tensor | None = None) -> bool:
         residual: added before the activation, or None.
 
     Returns:
-        True for plain floating-point tensors, on a device with kernels and outside torch.func's transforms.
+        True for plain floating-point tensors, on a device with kernels, whose operations nobody has to see.
     """
     if not available.get(x.device.type, False) or x.dtype not in _DTYPES:
         return False
@@ -95,7 +96,7 @@ def take(x: Tensor, residual: Tensor | None = None) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
-    return type(x) in _PLAIN and torch._C._functorch.peek_interpreter_stack() is None
+    return type(x) in _PLAIN and not is_transformed()
 
 
 def take_step(x: Tensor, residual: Tensor | None, state: RunningState) -> bool:

@@ -8,10 +8,10 @@ from torch import Tensor
 from ..checks import check_channels, check_example_weight, check_groups
 from ..limits import Limits
 from ..moments import Moments, accumulation_dtype
-from . import backends, evaluation, kernels
-from .composed import compose
+from ..transforms import is_transformed, snapshot
+from . import backends, evaluation, kernels, reference
+from .composed import compose, finish
 from .problem import Correction, Inputs, Running, RunningState, Settings, Target, checked
-from .snapshot import snapshot
 from .tracking import Rule, move
 
 
@@ -42,6 +42,9 @@ def normalize(inputs: Inputs, settings: Settings, correction: Target | Correctio
     check_groups(inputs.x, settings.grouping, corrected=correction is not None)
     if backends.take(inputs.x, inputs.residual):
         return kernels.normalize(inputs, settings, correction)
+    if is_transformed() and not torch.compiler.is_compiling():
+        y, moments, _ = reference.forward(inputs, settings, correction)
+        return finish(y, inputs, settings), Moments(*(moment.detach() for moment in moments))
     return compose(backends.of_torch(inputs, settings), inputs, settings, correction)
 
 

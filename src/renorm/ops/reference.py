@@ -105,7 +105,7 @@ def _forward(inputs: Inputs, settings: Settings, correction: Target | Correction
     centered, drift, channel = center(view, view_mask)
     group = merge_channels(channel, k)
     if isinstance(correction, Target):
-        correction = correct(group, correction, k, eps)
+        correction = Correction(*(number.detach() for number in correct(group, correction, k, eps)))
     scale = (group.var + eps).rsqrt()  # (G, K)
     if correction is not None:
         scale = scale * correction.r

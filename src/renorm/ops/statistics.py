@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..grouping import Grouping
 from ..moments import Moments, accumulation_dtype
+from ..transforms import is_transformed
 from .problem import Correction, Target
 
 
@@ -127,7 +128,7 @@ def apply(centered: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None,
 
 
 def scale_shift(tensor: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_transformed():
         return tensor * scale + shift
     return tensor.mul_(scale).add_(shift)
 

@@ -1,9 +1,23 @@
-"""Buffers as they are now, for compiled code that changes them later in the same step."""
+"""Who looks at operations from outside: the compiler, tracing, torch.func's transforms, forward-mode AD."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def is_transformed() -> bool:
+    """Whether somebody has to see every operation by itself, through no autograd.Function and no kernel of ours.
+
+    Returns:
+        True in torch.func's transforms, forward-mode AD and torch.jit.trace.
+    """
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    )
 
 
 @torch.library.custom_op("renorm::snapshot", mutates_args=())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from renorm.ops.snapshot import snapshot
+from renorm.transforms import snapshot
 
 
 @pytest.mark.parametrize(
