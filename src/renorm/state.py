@@ -87,7 +87,7 @@ class State(_BatchNorm):
         """Whether the running statistics stay as they are in training mode, and what the layer then normalizes by.
 
         None, the default; "running", as at evaluation; or "batch", as in training. An attribute to set: it outlasts
-        `model.train()`, copies and pickling, and is not in the state dict. For a block of code there is `renorm.freeze`.
+        `model.train()`, copies and pickling, and is not in the state dict. For a block of code: `renorm.freeze`.
 
         Raises:
             ValueError: it is set to something else.
