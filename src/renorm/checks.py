@@ -124,6 +124,19 @@ def check_example_weight(example_weight: float) -> None:
         raise ValueError(f"example_weight must be in [0, 1], got {example_weight}")
 
 
+def check_eps(eps: float) -> None:
+    """Refuse what would make the root of a variance no number.
+
+    Args:
+        eps: added to variances.
+
+    Raises:
+        ValueError: it is less than 0, or no number.
+    """
+    if not eps >= 0:
+        raise ValueError(f"eps must be a number of at least 0, got {eps}")
+
+
 def check_limits(r_max: float, d_max: float) -> None:
     """Refuse limits of the correction that leave it no room.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .checks import check_eps
 from .grouping import Grouping
 from .moments import Moments, accumulation_dtype
 from .occasions import Blocks, Frozen, Statistics, counts, innermost_accumulation
@@ -56,6 +57,7 @@ class State(_BatchNorm):
 
         Raises:
             RuntimeError: a tool that reads it is about to replace the layer by one that does not do the same.
+            ValueError: it is set to less than 0.
         """
         if not torch.compiler.is_compiling():
             refuse_substitution(self, sys._getframe(1))
@@ -63,6 +65,7 @@ class State(_BatchNorm):
 
     @eps.setter
     def eps(self, value: float) -> None:
+        check_eps(value)
         self._eps = value
 
     @property
@@ -197,10 +200,10 @@ class State(_BatchNorm):
     def _state(self) -> RunningState:
         # from the dict, since every attribute of a module that is a buffer costs half a microsecond
         buffers: dict[str, Any] = self._buffers
-        return RunningState(
-            buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"],
-            buffers["num_batches_skipped"],
-        )  # fmt: skip
+        steps = buffers["num_batches_tracked"]
+        if steps is None:  # taken away by somebody who does not count
+            steps = torch.zeros_like(buffers["num_batches_skipped"])
+        return RunningState(buffers["running_mean"], buffers["running_var"], steps, buffers["num_batches_skipped"])
 
     def commit(self, batches: Sequence[Moments]) -> None:
         """Move the running statistics once, by batches together; `renorm.accumulate` and `freeze` have their say.

@@ -1,0 +1,73 @@
+"""Tools that would lose what a layer does are refused; what reads a layer otherwise is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import renorm
+
+WEIGHED = {"example_weight": 0.3}
+
+
+@pytest.mark.parametrize("name", ["convert_sync_batchnorm", "convert_syncbn_model", "revert_sync_batchnorm"])
+@pytest.mark.parametrize("layer", [renorm.BatchNorm2d(4), renorm.BatchRenorm2d(4)], ids=repr)
+def test_who_synchronizes_is_told_of_synchronize(name: str, layer: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"renorm\.synchronize"):
+        reader(name)(layer)
+
+
+def test_torchs_own_converter_is_refused_before_it_changes_a_layer() -> None:
+    model = nn.Sequential(renorm.BatchRenorm2d(4))
+    with pytest.raises(RuntimeError, match="convert_sync_batchnorm would replace BatchRenorm2d"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[0]) is renorm.BatchRenorm2d
+
+
+@pytest.mark.parametrize("name", ["freeze_batch_norm_2d", "convert_frozen_batchnorm"])
+def test_who_freezes_for_good_is_refused_where_it_would_lose_something(name: str) -> None:
+    assert reader(name)(renorm.BatchNorm2d(4)) == 1e-5
+    for layer in (renorm.BatchRenorm2d(4), renorm.GhostBatchNorm2d(4, 2), renorm.BatchNorm2d(4, act="relu")):
+        with pytest.raises(RuntimeError, match=r"layer\.frozen"):
+            reader(name)(layer)
+
+
+@pytest.mark.parametrize("options", [WEIGHED, {"act": "relu"}, {"channels_per_group": 2}], ids=str)
+def test_folding_is_refused_where_scale_and_shift_do_not_do(options: dict[str, Any]) -> None:
+    layer = renorm.BatchNorm2d(4, **options).eval()
+    with pytest.raises(RuntimeError, match="fuse_conv_bn_eval cannot fold BatchNorm2d"):
+        fuse_conv_bn_eval(nn.Conv2d(3, 4, 1).eval(), layer)
+
+
+def test_folding_is_exact_where_they_do() -> None:
+    conv, layer = nn.Conv2d(3, 4, 1), renorm.BatchRenorm2d(4, limits=renorm.Limits.constant())
+    x = torch.randn(8, 3, 5, 5)
+    for _ in range(3):
+        layer(conv(x))
+    expected = layer.eval()(conv.eval()(x))
+    torch.testing.assert_close(fuse_conv_bn_eval(conv, layer)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["read", "test_fuse_bn", "fuse", "convert", "synchronize"])
+def test_other_readers_are_let(name: str) -> None:
+    assert reader(name)(renorm.BatchRenorm2d(4, **WEIGHED)) == 1e-5
+
+
+def test_eps_can_be_set() -> None:
+    layer = renorm.BatchNorm1d(3)
+    layer.eps = 0.5
+    x = torch.randn(8, 3)
+    torch.testing.assert_close(layer(x), nn.BatchNorm1d(3, eps=0.5)(x))
+
+
+def reader(name: str) -> Callable[[Any], Any]:
+    """A function of this name that reads eps, as a tool would."""
+    namespace: dict[str, Any] = {}
+    exec(f"def {name}(layer): return layer.eps", namespace)
+    found: Callable[[Any], Any] = namespace[name]
+    return found
