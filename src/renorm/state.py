@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any, Literal, Self, get_args
 
@@ -116,6 +117,16 @@ class State(_BatchNorm):
     def has_statistics(self) -> bool:
         """Whether there are running statistics, by which evaluation goes, whatever `track_running_stats` says."""
         return self._buffers["running_mean"] is not None
+
+    @contextmanager
+    def estimated(self) -> Iterator[None]:
+        """Let every batch count, without correction, whatever the settings are; for statistics taken anew."""
+        before = self.track_running_stats, self._momentum, self.estimates
+        self.track_running_stats, self._momentum, self.estimates = True, 1.0, True
+        try:
+            yield
+        finally:
+            self.track_running_stats, self._momentum, self.estimates = before
 
     def effective_blocks(self) -> Blocks:
         """The blocks that the layer is in, and what its attributes come to: a momentum of 0 moves nothing."""

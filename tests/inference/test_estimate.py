@@ -153,7 +153,7 @@ def test_what_cannot_be_estimated_is_refused() -> None:
 
 def test_frozen_statistics_are_not_estimated() -> None:
     model = nn.Sequential(renorm.BatchNorm2d(3), renorm.BatchRenorm2d(3))
-    with renorm.freeze(model[1]), pytest.raises(ValueError, match=r"model must not be in renorm.freeze.* of 1 as they"):
+    with renorm.freeze(model[1]), pytest.raises(ValueError, match=r"model must not be frozen.* of 1 as they"):
         renorm.estimate(model, batches())
     renorm.estimate(model, batches())
 
@@ -221,3 +221,13 @@ def test_a_real_network_agrees_with_torch_s_own_update() -> None:
             torch.testing.assert_close(
                 tensor, other, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name} {text}"
             )
+
+
+@pytest.mark.parametrize("name, value", [("track_running_stats", False), ("momentum", 0.0), ("momentum", None)])
+def test_settings_that_let_training_move_nothing_do_not_keep_it_from_estimating(name: str, value: Any) -> None:
+    model = nn.Sequential(renorm.BatchRenorm1d(3))
+    setattr(model[0], name, value)
+    x = torch.randn(64, 3) + 2
+    renorm.estimate(model, x.split(16))
+    torch.testing.assert_close(model[0].running_mean, x.mean(0))
+    assert getattr(model[0], name) == value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def estimate(model: nn.Module, loader: Iterable[Any], *, forward: ModelCall = fo
 
     Raises:
         TypeError: a batch is none of these.
-        ValueError: the model has no layer with running statistics, no batch reached one, or `renorm.freeze` is open.
+        ValueError: the model has no layer with running statistics, no batch reached one, or one is frozen.
 
     Warns:
         UserWarning: batches were left out because their moments were not finite, or a layer saw none.
@@ -87,8 +87,8 @@ def _refuse_frozen(layers: dict[str, Any]) -> None:
     frozen = [name or "(root)" for name, layer in layers.items() if not counts(getattr(layer, "blocks", ()))]
     if frozen:
         raise ValueError(
-            f"model must not be in renorm.freeze, which keeps the running statistics of {', '.join(frozen)} as they "
-            "are: call estimate outside of the block"
+            f"model must not be frozen, which keeps the running statistics of {', '.join(frozen)} as they are: call "
+            "estimate outside of renorm.freeze, or set layer.frozen = None before"
         )
 
 
@@ -96,19 +96,15 @@ def _refuse_frozen(layers: dict[str, Any]) -> None:
 def _watched(model: nn.Module, layers: list[Any]) -> Iterator[list[list[Moments]]]:
     """Yield a list for each layer that gets the moments of its batches, by which it normalizes."""
     blocks = {layer: Accumulation() for layer in layers}
-    plain = [layer for layer in layers if not isinstance(layer, Norm)]
-    ours = {layer: layer.estimates for layer in layers if isinstance(layer, Norm)}
-    handles = [layer.register_forward_pre_hook(_noting(blocks[layer]), with_kwargs=True) for layer in plain]
-    try:
-        for layer in ours:
-            layer.estimates = True
-        with batch_statistics(model, layers, blocks):
-            yield [block.batches for block in blocks.values()]
-    finally:
-        for layer, estimates in ours.items():
-            layer.estimates = estimates
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for layer in layers:
+            if isinstance(layer, Norm):
+                stack.enter_context(layer.estimated())
+            else:
+                handle = layer.register_forward_pre_hook(_noting(blocks[layer]), with_kwargs=True)
+                stack.callback(handle.remove)
+        stack.enter_context(batch_statistics(model, layers, blocks))
+        yield [block.batches for block in blocks.values()]
 
 
 def _noting(block: Accumulation) -> Any:
