@@ -42,7 +42,8 @@ COMMITTED = (
     "noniid-classes-cifar100", "smallbatch-cifar100", "weigh-cifar100", "ghost-cifar100", "decay-cifar100",
     "noniid-cifar100-16", "smallbatch-cifar100-16", "allfour-cifar100", "metric-omniglot",
     "metric-omniglot-close", "combination-cifar100", "workers-digits", "workers-digits-resnet8", "workers-fashion",
-    "workers-fashion-steps3200", "microbatch-cifar20", "finetune-cifar100",
+    "workers-fashion-steps3200", "workers-fashion-steps12800", "workers-digits-steps2400", "workers-digits-steps9600",
+    "microbatch-cifar20", "finetune-cifar100",
     "finetune-cifar100-no-decay", "finetune-regression-cifar100", "tiles-digits", "tiles-digits-long",
 )  # fmt: skip
 

@@ -223,7 +223,7 @@ def test_a_real_network_agrees_with_torch_s_own_update() -> None:
             )
 
 
-@pytest.mark.parametrize("name, value", [("track_running_stats", False), ("momentum", 0.0), ("momentum", None)])
+@pytest.mark.parametrize(("name", "value"), [("track_running_stats", False), ("momentum", 0.0), ("momentum", None)])
 def test_settings_that_let_training_move_nothing_do_not_keep_it_from_estimating(name: str, value: Any) -> None:
     model = nn.Sequential(renorm.BatchRenorm1d(3))
     setattr(model[0], name, value)
