@@ -55,7 +55,7 @@ def test_they_are_refused_by_name_and_the_call_that_is_named_helps(
 ) -> None:
     model = nn.Sequential(make(4), make(4))
     tool(model[1])
-    with pytest.raises(ValueError, match="cannot convert '1': its (weight|bias) is no parameter") as caught:
+    with pytest.raises(ValueError, match=r"cannot convert '1': its (weight|bias) is no parameter") as caught:
         surgery(model)
     assert type(model[0]) is make
     (call,) = re.findall(r"\): (torch\.nn\.utils\..*) makes it one", str(caught.value))

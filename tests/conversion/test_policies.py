@@ -58,12 +58,11 @@ def test_a_shared_layer_stays_shared_and_is_made_once() -> None:
 
 
 def test_a_policy_may_leave_a_layer_with_all_that_is_in_it_without_a_warning() -> None:
-    model = nn.Sequential(Theirs(), nn.Sequential(nn.BatchNorm1d(4)), nn.BatchNorm1d(4))
-    convert(
-        model, renorm.BatchRenorm, policies={Theirs: lambda old: None, nn.Sequential: lambda old: None}, where="[01]"
-    )
+    model = nn.Sequential(Theirs(), nn.ModuleList([nn.BatchNorm1d(4)]), nn.BatchNorm1d(4))
+    convert(model, renorm.BatchRenorm, policies={Theirs: lambda old: None, nn.ModuleList: lambda old: None})
     assert type(model[0]) is Theirs
     assert type(model[1][0]) is nn.BatchNorm1d
+    assert type(model[2]) is renorm.BatchRenorm1d
 
 
 def test_a_policy_goes_before_what_convert_does_itself_and_takes_the_exact_class() -> None:

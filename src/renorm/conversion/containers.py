@@ -19,7 +19,7 @@ from ..fusion.tracing import UntraceableError, trace
 IsNorm = Callable[[nn.Module], bool]
 
 _STATISTICS = ("running_mean", "running_var", "ra_mean", "ra_var")
-_BATCH_NORM = re.compile(r"Batch(Re)?Norm")
+_BATCH_NORM = re.compile(r"Batch(Norm|Renorm|ReNorm)")
 _NORM = re.compile(r"(?i:norm)|BN|Bn|(?:^|_)bn")
 # Classes of TabNet, Composer and those who copy them, by name: the batch norm inside, and the size of its batches.
 _GHOSTS = {"GBN": ("bn", "virtual_batch_size")} | {
@@ -189,11 +189,15 @@ def _is_written_with_one_call_each(module: nn.Module, is_norm: IsNorm) -> bool:
 
 
 def _methods(cls: type[nn.Module]) -> Iterator[tuple[ast.FunctionDef, bool]]:
-    """Methods of a module's class and of those above it, and whether they are its forward."""
+    """Methods that a module's forward may call, and whether they are the forward."""
+    overridden: set[str] = {"__init__"}
     for owner in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(owner)))):
-            if isinstance(node, ast.FunctionDef) and node.name != "__init__":
-                yield node, vars(owner).get("forward") is cls.forward and node.name == "forward"
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+        methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name not in overridden]
+        for method in methods:
+            yield method, method.name == "forward" and vars(owner).get("forward") is cls.forward
+        if not any(isinstance(node, ast.Name) and node.id == "super" for m in methods for node in ast.walk(m)):
+            overridden.update(method.name for method in methods)
 
 
 def _uses(method: ast.FunctionDef, name: str, forward: bool) -> int:
