@@ -116,19 +116,31 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
 def carry_over(old: Any, new: nn.Module) -> None:
     """Give a new norm layer the very parameters and buffers of an old one, its mode and its hooks.
 
-    Optimizers that hold the parameters stay valid. Running statistics of the old layer in half precision are
-    copied to float32 where the new layer keeps float32.
+    Optimizers that hold the parameters stay valid; a weight that is a buffer, as frozen batch norm's, becomes a
+    parameter. Running statistics of the old layer in half precision are copied to float32 where the new layer keeps
+    float32.
 
     Args:
         old: layer with weight and bias, and perhaps running statistics.
         new: layer with the same.
     """
-    new.register_parameter("weight", old.weight)
-    new.register_parameter("bias", old.bias)
+    for name in ("weight", "bias"):
+        kept = getattr(old, name)
+        new.register_parameter(name, nn.Parameter(kept) if name in old._buffers else kept)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         buffer = getattr(old, name, None)
         if buffer is not None:
             kept = new.get_buffer(name)
             new.register_buffer(name, buffer.to(torch.promote_types(buffer.dtype, kept.dtype)))
     new.train(old.training)
+    carry_hooks_over(old, new)
+
+
+def carry_hooks_over(old: nn.Module, new: nn.Module) -> None:
+    """Give a module the hooks of another one.
+
+    Args:
+        old: module with hooks, or without.
+        new: module to have the same.
+    """
     vars(new).update({name: value for name, value in vars(old).items() if "_hook" in name})

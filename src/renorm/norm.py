@@ -175,7 +175,9 @@ class Norm(State):
         if isinstance(x, Proxy):
             raise TypeError(
                 f"torch.fx cannot trace into {type(self).__name__}: replace it first, by renorm.to_batchnorm(model), "
-                "or make renorm.Norm a leaf of the tracer"
+                'or make it a leaf, in torchvision\'s create_feature_extractor by tracer_kwargs={"leaf_modules": '
+                "[renorm.Norm]}, in a torch.fx.Tracer by is_leaf_module = lambda tracer, module, name: "
+                "isinstance(module, renorm.Norm) or torch.fx.Tracer.is_leaf_module(tracer, module, name)"
             )
         if x.ndim not in self.input_ranks:
             ranks = " or ".join(f"{rank}d" for rank in self.input_ranks)

@@ -178,6 +178,24 @@ def test_parameters_and_buffers_that_are_missing_stay_missing(kind: dict[str, An
     assert list(to_batchnorm(layer).state_dict()) == keys
 
 
+@families
+def test_a_layer_that_no_longer_tracks_keeps_its_buffers_and_evaluates_by_them(
+    to: Any, options: dict[str, Any]
+) -> None:
+    model = trained(nn.Sequential(nn.BatchNorm2d(4)))
+    model[0].track_running_stats = False
+    buffers, x = dict(model[0].named_buffers()), torch.randn(6, 4, 3, 3)
+    expected = model.eval()(x)
+    for surgery in (lambda: convert(model, to, **options), lambda: to_batchnorm(model)):
+        layer = surgery()[0]
+        assert layer.track_running_stats is False
+        assert all(layer.get_buffer(name) is buffer for name, buffer in buffers.items())
+        before = {name: buffer.clone() for name, buffer in buffers.items()}
+        model.train()(x)
+        assert all(torch.equal(layer.get_buffer(name), buffer) for name, buffer in before.items())
+        assert torch.equal(model.eval()(x), expected)
+
+
 def test_modes_and_requires_grad_are_kept() -> None:
     model = network()
     model[1].eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -140,6 +141,21 @@ def test_a_forward_of_the_user_s_own() -> None:
     data = batches()
     renorm.estimate(model, [{"image": x} for x in data], forward=lambda model, batch: model(batch["image"]))
     torch.testing.assert_close(model.running_mean.double(), expected(model, data)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_detector_takes_a_list_of_images_by_the_forward_that_the_error_names() -> None:
+    class Detector(nn.Sequential):
+        def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+            return [{"boxes": y} for y in super().forward(torch.stack(images))]
+
+    model = Detector(nn.BatchNorm2d(3))
+    data = batches()
+    loader = [(list(x), [{}] * len(x)) for x in data]
+    with pytest.raises(TypeError, match="a batch must be a tensor") as caught:
+        renorm.estimate(model, loader)
+    (code,) = re.findall(r"as forward=(lambda .*), got list", str(caught.value))
+    renorm.estimate(model, loader, forward=eval(code))
+    torch.testing.assert_close(model[0].running_mean.double(), expected(model[0], data)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_be_estimated_is_refused() -> None:

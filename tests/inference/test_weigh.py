@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,58 @@ def test_what_cannot_be_weighed_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         renorm.weigh(copy.deepcopy(dependent), loader, **options)
+
+
+class Segmenter(nn.Module):
+    """Returns a dictionary, as torchvision's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": self.net(x)}
+
+
+SCENES = [(torch.randn(4, 1, 6, 6), torch.randint(3, (4, 6, 6))) for _ in range(4)]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "cross_entropy", MulticlassAccuracy(3)], ids=str)
+def test_a_model_that_returns_a_dictionary_is_weighed_by_the_forward_that_the_error_names(metric: Any) -> None:
+    model = Segmenter()
+    modules = list(model.modules())
+    name = metric if isinstance(metric, str) else "MulticlassAccuracy"
+    with pytest.raises(TypeError, match=rf"{name} is of a tensor, and the model returns dict with \['out'\]") as caught:
+        renorm.weigh(model, SCENES, metric)
+    assert list(model.modules()) == modules
+    (code,) = re.findall(r"as forward=(lambda .*)", str(caught.value))
+    found = renorm.weigh(model, SCENES, metric, forward=eval(code))
+    assert found.before == renorm.weigh(copy.deepcopy(model.net), SCENES, metric).before
+
+
+def test_a_score_of_one_s_own_gets_what_the_model_returns() -> None:
+    def agreement(output: dict[str, Tensor], target: Tensor) -> Tensor:
+        return (output["out"].argmax(1) == target).double().mean((1, 2))
+
+    model = Segmenter()
+    expected = renorm.weigh(copy.deepcopy(model.net), SCENES, "accuracy")
+    assert renorm.weigh(model, SCENES, agreement, higher_is_better=True).before == expected.before
+
+
+def test_layers_in_ghost_batch_norm_are_weighed_where_they_are() -> None:
+    class GBN(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.virtual_batch_size = nn.BatchNorm1d(3), 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.bn(part) for part in x.split(2)])
+
+    model = nn.Sequential(GBN(), nn.Linear(3, 2))
+    keys = list(model.state_dict())
+    found = renorm.weigh(model, [(torch.randn(4, 3), torch.randint(2, (4,))) for _ in range(4)])
+    assert list(found.alphas) == ["0.bn"]
+    assert list(model.state_dict()) == keys
 
 
 def test_models_without_running_statistics_are_refused() -> None:

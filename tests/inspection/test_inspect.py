@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -382,6 +383,18 @@ def test_limits_are_at_work_from_the_step_after_their_start() -> None:
         layer.num_batches_tracked.fill_(steps)
         found.append(renorm.inspect(nn.Sequential(layer), torch.randn(8, 3).split(4)).layers[0])
     assert [(report.plain_until, report.corrected) for report in found] == [(38, False), (None, True)]
+
+
+def test_a_network_that_returns_a_dictionary_is_inspected_by_the_forward_that_the_error_names() -> None:
+    segmentation = pytest.importorskip("torchvision").models.segmentation
+    model = segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3)
+    scenes = [(torch.randn(2, 3, 32, 32), torch.randint(3, (2, 32, 32))) for _ in range(2)]
+    with pytest.raises(TypeError, match=r"accuracy is of a tensor, and the model returns .* with \['out'\]") as caught:
+        renorm.inspect(model, scenes)
+    (code,) = re.findall(r"as forward=(lambda .*)", str(caught.value))
+    found = renorm.inspect(model, scenes, forward=eval(code))
+    assert [mode.metric for mode in found.modes] == ["accuracy", "cross_entropy"]
+    assert renorm.inspect(model, scenes, None, loss=None).layers[0].r == found.layers[0].r
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from ..norm import Norm
 
 _FROM_REPLACED = ("num_features", "affine", "bias", "track_running_stats", "device", "dtype")
 _REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-_OWN = ("where", "steps", "fuse", "report")
+_OWN = ("where", "steps", "policies", "frozen", "fuse", "report")
 
 
 def check_options(to: type[Norm], options: dict[str, Any]) -> None:

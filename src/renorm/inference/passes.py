@@ -43,7 +43,8 @@ def forward(model: nn.Module, batch: Any) -> Any:
         return model(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()})
     raise TypeError(
         "a batch must be a tensor, a tuple or list that begins with one, or a mapping; give forward=function of model "
-        f"and batch for anything else, got {type(batch).__name__}"
+        "and batch for anything else, as forward=lambda model, batch: model(batch[0]), got "
+        f"{type(batch).__name__}"
     )
 
 

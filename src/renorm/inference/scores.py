@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -160,8 +160,10 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
         1 where right, 0 elsewhere, (N,); the share of positions where there are any.
 
     Raises:
+        TypeError: the output is no tensor.
         ValueError: the shapes are others.
     """
+    _require_tensor("accuracy", output)
     _require_classes("accuracy", output, target, target.shape == output.shape[:1] + output.shape[2:])
     return _per_example((output.argmax(1) == target).double())
 
@@ -177,10 +179,23 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
         Of each example, (N,); the mean over positions where there are any.
 
     Raises:
+        TypeError: the output is no tensor.
         ValueError: there is no dimension of classes, or a single class.
     """
+    _require_tensor("cross_entropy", output)
     _require_classes("cross_entropy", output, target)
     return _per_example(F.cross_entropy(output, target, reduction="none").double())
+
+
+def _require_tensor(name: str, output: Any) -> None:
+    if isinstance(output, Tensor):
+        return
+    of_mapping = isinstance(output, Mapping) and len(output) > 0
+    place, keys = (repr(next(iter(output))), f" with {list(output)}") if of_mapping else ("0", "")
+    raise TypeError(
+        f"{name} is of a tensor, and the model returns {type(output).__name__}{keys}: give forward=..., as "
+        f"forward=lambda model, batch: model(batch[0])[{place}]"
+    )
 
 
 def _require_classes(name: str, output: Tensor, target: Tensor, fits: bool = True) -> None:
@@ -245,6 +260,8 @@ class _OfMetric:
 
     def add(self, output: Any, target: Any) -> None:
         output, target = _side_by_side(output, target)
+        if isinstance(output, Mapping):  # which has no examples to be drawn
+            _require_tensor(type(self._metric).__name__, output)
         self._outputs.append(output)
         self._targets.append(target)
 

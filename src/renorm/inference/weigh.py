@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..conversion.convert import convert
+from ..conversion.targets import replacement, target_class
 from ..layers import BatchNorm
 from ..modules import norms, replace_modules, tracks
 from ..norm import Norm
@@ -188,6 +189,13 @@ class _Passes:
 
 
 def _layers(model: nn.Module) -> dict[str, Norm]:
+    # one by one, since at evaluation it does not matter how the modules around them call them
+    plain = [(name, module) for name, module in model.named_modules() if name and _is_plain(module)]
+    targets = {module: target_class(module, BatchNorm)[0] for _, module in plain}
+    new: dict[nn.Module, nn.Module] = {
+        old: replacement(name, old, cls, "keep", {}) for name, old in plain if (cls := targets[old]) is not None
+    }
+    replace_modules(model, new)
     if any(map(_is_plain, model.modules())):
         converted = convert(model, BatchNorm, where=lambda _, module: _is_plain(module), report=lambda report: None)
         if converted is not model:
