@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -17,6 +17,7 @@ from ..substitution import obstacle
 from ..workers.pool import Pool
 from .options import check_options
 from .plain import plain
+from .recipe import follow, refuse_options
 from .report import ConversionReport, PassedOver, Replacement
 from .targets import Where, is_candidate, replacement, selector, target_class
 
@@ -29,7 +30,7 @@ def _log(report: ConversionReport) -> None:
 
 def convert(
     model: nn.Module,
-    to: type[Norm],
+    to: type[Norm] | Mapping[str, Any],
     *,
     where: Where | None = None,
     steps: Literal["keep", 0] = "keep",
@@ -47,7 +48,9 @@ def convert(
     Args:
         model: model, not yet wrapped in DDP or FSDP nor compiled; changed in place.
         to: target. A family, as `renorm.BatchRenorm`, picks 1d, 2d or 3d from what it replaces; a single class, as
-            `renorm.BatchRenorm2d`, replaces only layers of its dimension.
+            `renorm.BatchRenorm2d`, replaces only layers of its dimension. Or what `renorm.recipe` returned, and no
+            options: every layer that it names becomes what it says, and a layer of renorm of that class gets the
+            settings; other layers stay.
         where: which layers: a function of name and module, or a regular expression searched for in the name.
         steps: where the limits' step starts. "keep", the default, goes on from the layer's own
             num_batches_tracked: a trained layer's running statistics are good, and corrections may be as large as
@@ -65,9 +68,11 @@ def convert(
         The model; a new layer if the model itself was one.
 
     Raises:
-        TypeError: `to` is no layer class of renorm, or does not have an option, or needs one.
+        TypeError: `to` is no layer class of renorm, or does not have an option, or needs one; there are options beside
+            a recipe.
         ValueError: an option does not suit a layer, which is named; the model is wrapped; `steps=0` meets a
-            cumulative average, which counts with the step.
+            cumulative average, which counts with the step; a recipe is of another version, or names a layer that is
+            missing or cannot become what it says.
 
     Warns:
         UserWarning: norm layers were passed over, by name and reason, or nothing was found to replace or
@@ -81,6 +86,10 @@ def convert(
           1: BatchNorm2d -> BatchRenorm2d, momentum 0.1 -> 0.01
           1: fused with relu
     """
+    if isinstance(to, Mapping):
+        given = {"where": where is not None, "steps": steps != "keep", "fuse": fuse} | dict.fromkeys(options, True)
+        refuse_options(name for name, is_given in given.items() if is_given)
+        return _follow(model, to, report)
     _check_arguments(model, to, steps, options)
     selected = selector(where)
     replacements: dict[nn.Module, nn.Module] = {}
@@ -101,6 +110,21 @@ def convert(
     done = ConversionReport(tuple(replaced), tuple(passed_over), fused, not_fused)
     report(done)
     _warn(done, fuse)
+    return result
+
+
+def _follow(model: nn.Module, recipe: Mapping[str, Any], report: Callable[[ConversionReport], object]) -> nn.Module:
+    plan = follow(model, recipe)
+    replaced = [
+        _describe(name, module, plan.replacements[module])
+        for name, module in model.named_modules()
+        if module in plan.replacements
+    ]
+    result = replace_modules(model, {**plan.replacements})
+    plan.change_settings()
+    _share_pool(result)
+    fused, not_fused = fuse_calls(result, plan.callers) if plan.callers else ((), ())
+    report(ConversionReport(tuple(replaced), (), fused, not_fused))
     return result
 
 
@@ -141,7 +165,7 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
 
 def _check_arguments(model: nn.Module, to: type[Norm], steps: object, options: dict[str, Any]) -> None:
     if not (isinstance(to, type) and issubclass(to, Norm)):
-        raise TypeError(f"to must be a layer class of renorm, as renorm.BatchRenorm, got {to!r}")
+        raise TypeError(f"to must be a layer class of renorm, as renorm.BatchRenorm, or a recipe, got {to!r}")
     if steps not in ("keep", 0):
         raise ValueError(f"steps must be 'keep' or 0, got {steps!r}")
     check_options(to, options)
