@@ -266,10 +266,11 @@ def _target(name: str, old: nn.Module, wanted: str) -> type[Norm]:
     found, reason = None, "it is no batch norm"
     if is_candidate(old, kind):
         found, reason = target_class(old, kind)
+    if found is not None:
+        reason = f"it can become {found.__name__}"
     # a family takes what its 2d layer takes, but not the activation that a layer with one has
     if found is None or not issubclass(found, kind) or issubclass(found, NormAct) != (wanted in _ACT_CLASSES):
         raise ValueError(
-            f"cannot convert {name or 'the root'!r}, a {type(old).__name__}, to {wanted}, as the recipe says: "
-            f"{reason or f'it would become {found and found.__name__}'}"
+            f"cannot convert {name or 'the root'!r}, a {type(old).__name__}, to {wanted}, as the recipe says: {reason}"
         )
     return ACT_LAYERS[kind] if wanted in _ACT_CLASSES else kind

@@ -119,11 +119,11 @@ class RenormCallback(LimitsAndWeight, TrainerCallback):
             require_one_process(args.world_size)
             if args.eval_strategy == "no":
                 raise ValueError("weigh needs the evaluation dataloader: set eval_strategy, or give weigh=None")
-            examples = args.per_device_eval_batch_size
+            known, training = kwargs["eval_dataloader"], kwargs["train_dataloader"]
             with random_numbers_kept(model):
-                loader = kwargs["eval_dataloader"] or _beginning_of(kwargs["train_dataloader"], examples)
-            if loader:
-                self.try_weighing(model, loader)
+                batches = _beginning_of(training if known is None else known, args.per_device_eval_batch_size)
+            if batches:
+                self.try_weighing(model, batches)
         self.prepare(model, state.max_steps, args.gradient_accumulation_steps)
 
     def on_step_begin(
@@ -176,9 +176,10 @@ def _output(args: TrainingArguments) -> Path:
 
 
 def _beginning_of(loader: Any, examples: int) -> Sequence[Any]:
-    """A batch of the first examples, which leaves the loader's own order as it is; none of data that cannot be indexed.
+    """The first examples as a batch; none where data cannot be indexed.
 
-    The trainer shows callbacks no evaluation dataloader before the first evaluation.
+    Not by iterating: accelerate's loaders take note of that. Before its first evaluation the trainer has only the
+    training data for callbacks.
     """
     data = loader.dataset
     if isinstance(data, IterableDataset) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
