@@ -115,16 +115,11 @@ def convert(
 
 def _follow(model: nn.Module, recipe: Mapping[str, Any], report: Callable[[ConversionReport], object]) -> nn.Module:
     plan = follow(model, recipe)
-    replaced = [
-        _describe(name, module, plan.replacements[module])
-        for name, module in model.named_modules()
-        if module in plan.replacements
-    ]
-    result = replace_modules(model, {**plan.replacements})
+    result = replace_modules(model, plan.replacements)
     plan.change_settings()
     _share_pool(result)
     fused, not_fused = fuse_calls(result, plan.callers) if plan.callers else ((), ())
-    report(ConversionReport(tuple(replaced), (), fused, not_fused))
+    report(ConversionReport(tuple(plan.rows), (), fused, not_fused))
     return result
 
 

@@ -17,6 +17,7 @@ from ..limits import Limits
 from ..modules import refuse_wrapped
 from ..norm import Norm
 from ..workers.group import LOST, Workers
+from .report import Replacement
 from .targets import is_candidate, replacement, target_class
 
 _VERSION = 1
@@ -69,12 +70,14 @@ class Following(NamedTuple):
 
     Args:
         replacements: new layer of each old one, complete.
+        rows: of the report, one for each.
         changes: layers of ours that are there already, with one of the settings that each is to have.
         process_groups: of these, as a recipe has them.
         callers: modules to fuse calls in, as they are after the replacement; empty if the recipe names none.
     """
 
-    replacements: dict[nn.Module, Norm]
+    replacements: dict[nn.Module, nn.Module]
+    rows: list[Replacement]
     changes: dict[Norm, Norm]
     process_groups: dict[Norm, str | None]
     callers: set[nn.Module]
@@ -112,14 +115,16 @@ def follow(model: nn.Module, recipe: Mapping[str, Any]) -> Following:
             "was called, and give convert the same part of it"
         )
     modules = _modules(model)
-    found = Following({}, {}, {}, set())
+    found = Following({}, [], {}, {}, set())
     for name, settings in recipe["layers"].items():
         old = modules[name]
         pattern = _pattern(name, old, settings)
         if isinstance(old, Norm) and type(old).__name__ == settings["class"]:
             found.changes[old], found.process_groups[old] = pattern, settings["process_group"]
-        else:
-            found.replacements[old] = _replacement(name, old, pattern, settings)
+        elif old not in found.replacements:
+            found.replacements[old] = new = _replacement(name, old, pattern, settings)
+            momentum = (getattr(old, "momentum", None), new.momentum)
+            found.rows.append(Replacement(name, type(old).__name__, type(new).__name__, momentum))
     if recipe["fused"]:
         callers = [module for name, module in modules.items() if name in recipe["fused"] or _is_fused(module)]
         found.callers.update(found.replacements.get(module, module) for module in callers)
