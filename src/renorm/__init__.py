@@ -3,6 +3,7 @@
 from . import functional, optim, samplers
 from .blocks import accumulate, freeze
 from .conversion.convert import ConversionReport, convert, to_batchnorm
+from .conversion.recipe import recipe
 from .conversion.state_dicts import translate_state_dict
 from .inference.estimate import estimate
 from .inference.report import Weighing
@@ -70,6 +71,7 @@ __all__ = [
     "inspect",
     "joinables",
     "optim",
+    "recipe",
     "recommend",
     "samplers",
     "synchronize",

@@ -18,6 +18,7 @@ from ..substitution import obstacle
 from ..workers.pool import Pool
 from .containers import Unit, ghost_of, units
 from .options import check_options
+from .recipe import follow, refuse_options
 from .report import ConversionReport, PassedOver, Replacement
 from .targets import Where, is_candidate, is_frozen, plain, replacement, require_parameters, selector, target_class
 
@@ -32,7 +33,7 @@ def _log(report: ConversionReport) -> None:
 
 def convert(
     model: nn.Module,
-    to: type[Norm],
+    to: type[Norm] | Mapping[str, Any],
     *,
     where: Where | None = None,
     steps: Literal["keep", 0] = "keep",
@@ -56,7 +57,9 @@ def convert(
     Args:
         model: model, not yet wrapped in DDP or FSDP nor compiled; changed in place.
         to: target. A family, as `renorm.BatchRenorm`, picks 1d, 2d or 3d from what it replaces; a single class, as
-            `renorm.BatchRenorm2d`, replaces only layers of its dimension.
+            `renorm.BatchRenorm2d`, replaces only layers of its dimension. Or what `renorm.recipe` returned, and no
+            options: every layer that it names becomes what it says, and a layer of renorm of that class gets the
+            settings; other layers stay.
         where: which layers: a function of name and module, or a regular expression searched for in the name.
         steps: where the limits' step starts. "keep", the default, goes on from the layer's own
             num_batches_tracked: a trained layer's running statistics are good, and corrections may be as large as
@@ -80,9 +83,10 @@ def convert(
 
     Raises:
         TypeError: `to` is no layer class of renorm, or does not have an option, or needs one; a policy returns
-            something else.
+            something else; there are options beside a recipe.
         ValueError: an option does not suit a layer, which is named; its weight is computed by a tool, as in pruning;
-            the model is wrapped; `steps=0` meets a cumulative average, which counts with the step.
+            the model is wrapped; `steps=0` meets a cumulative average, which counts with the step; a recipe is of
+            another version, or names a layer that is missing or cannot become what it says.
 
     Warns:
         UserWarning: norm layers were passed over, by name and reason, or nothing was found to replace or
@@ -96,6 +100,17 @@ def convert(
           1: BatchNorm2d -> BatchRenorm2d, momentum 0.1 -> 0.01
           1: fused with relu
     """
+    if isinstance(to, Mapping):
+        own = {
+            "where": where is not None,
+            "steps": steps != "keep",
+            "fuse": fuse,
+            "policies": policies,
+            "frozen": frozen,
+        }
+        given = own | dict.fromkeys(options, True)
+        refuse_options(name for name, is_given in given.items() if is_given)
+        return _follow(model, to, report)
     _check_arguments(model, to, steps, options)
     selected, policies = selector(where), policies or {}
     replacements: dict[nn.Module, nn.Module] = {}
@@ -116,6 +131,16 @@ def convert(
     done = ConversionReport(tuple(replaced), tuple(passed_over), fused, not_fused)
     report(done)
     _warn(done, fuse)
+    return result
+
+
+def _follow(model: nn.Module, recipe: Mapping[str, Any], report: Callable[[ConversionReport], object]) -> nn.Module:
+    plan = follow(model, recipe)
+    result = replace_modules(model, plan.replacements)
+    plan.change_settings()
+    _share_pool(result)
+    fused, not_fused = fuse_calls(result, plan.callers) if plan.callers else ((), ())
+    report(ConversionReport(tuple(plan.rows), (), fused, not_fused))
     return result
 
 
@@ -159,7 +184,7 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
 
 def _check_arguments(model: nn.Module, to: type[Norm], steps: object, options: dict[str, Any]) -> None:
     if not (isinstance(to, type) and issubclass(to, Norm)):
-        raise TypeError(f"to must be a layer class of renorm, as renorm.BatchRenorm, got {to!r}")
+        raise TypeError(f"to must be a layer class of renorm, as renorm.BatchRenorm, or a recipe, got {to!r}")
     if steps not in ("keep", 0):
         raise ValueError(f"steps must be 'keep' or 0, got {steps!r}")
     check_options(to, options)

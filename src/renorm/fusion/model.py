@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar, get_args
 
@@ -19,7 +19,7 @@ Row = TypeVar("Row", Fused, NotFused)
 Rows = tuple[tuple[Fused, ...], tuple[NotFused, ...]]
 
 
-def fuse(model: nn.Module) -> Rows:
+def fuse(model: nn.Module, callers: Container[nn.Module] | None = None) -> Rows:
     """Let norm layers of ours apply the activation, and add the residual, that follow them, in place.
 
     Layers, parameters and state dict stay as they are. What changes is the forward of the modules that call the
@@ -27,6 +27,8 @@ def fuse(model: nn.Module) -> Rows:
 
     Args:
         model: model with norm layers of ours.
+        callers: modules to fuse calls in, and timm's layers to fuse inside of; None for all. What was fused elsewhere
+            is undone.
 
     Returns:
         The calls that are fused, and those that are not, with names and reasons.
@@ -35,6 +37,8 @@ def fuse(model: nn.Module) -> Rows:
     fused: list[Fused] = []
     not_fused: list[NotFused] = []
     for name, module in model.named_modules():
+        if callers is not None and module not in callers:
+            continue
         if isinstance(module, NormAct) and not is_bare(module):
             rows = _fuse_inside(name, module)
         elif layers_of(module) and type(module) not in LISTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,10 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..conversion.convert import convert
 from ..conversion.targets import replacement, target_class
 from ..layers import BatchNorm
-from ..modules import norms, replace_modules, tracks
+from ..modules import norms, replace_modules, tracking_layers, tracks
 from ..norm import Norm
-from .passes import ModelCall, forward, modes, target
-from .progress import progress
+from .passes import ModelCall, forward, modes, progress, target
 from .report import Point, Weighing
 from .scores import Evaluation, ExampleScore, Judge, Metric
 from .search import best_of, next_place
@@ -82,11 +82,7 @@ def weigh(
         >>> found.alpha == model[1].example_weight
         True
     """
-    judge = Judge(metric, higher_is_better)
-    if isinstance(loader, Iterator):
-        raise ValueError("loader is passed over several times: give a DataLoader or a list, not an iterator")
-    if per not in get_args(Per):
-        raise ValueError(f"per must be one of {', '.join(map(repr, get_args(Per)))}, got {per!r}")
+    judge = _checked(loader, metric, per, higher_is_better)
     modules = dict(model.named_modules())
     layers = _layers(model)
     parts = _parts(layers, per)
@@ -98,6 +94,44 @@ def weigh(
         _restore(layers, before)
         replace_modules(model, {layer: modules[name] for name, layer in layers.items()})
         raise
+
+
+def rehearse(
+    model: nn.Module,
+    loader: Iterable[Any],
+    metric: str | ExampleScore | Metric = "accuracy",
+    *,
+    per: Per = "model",
+    higher_is_better: bool | None = None,
+    forward: ModelCall = forward,
+    show_progress: bool = True,
+) -> None:
+    """Do to the first batch what `weigh` does to all of them, as far as that changes nothing.
+
+    Args:
+        model: evaluated; modes, layers and statistics are as they were at the end.
+        loader: as of `weigh`, as are the other arguments.
+        metric: of `weigh`.
+        per: of `weigh`.
+        higher_is_better: of `weigh`.
+        forward: of `weigh`.
+        show_progress: of `weigh`; no bar is shown here.
+
+    Raises:
+        Exception: whatever `weigh` would end with.
+    """
+    judge = _checked(loader, metric, per, higher_is_better)
+    tracking_layers(model)
+    _Passes(model, islice(loader, 1), forward, judge, lambda done: None).evaluate()
+
+
+def _checked(loader: Iterable[Any], metric: str | ExampleScore | Metric, per: Per, higher: bool | None) -> Judge:
+    judge = Judge(metric, higher)
+    if isinstance(loader, Iterator):
+        raise ValueError("loader is passed over several times: give a DataLoader or a list, not an iterator")
+    if per not in get_args(Per):
+        raise ValueError(f"per must be one of {', '.join(map(repr, get_args(Per)))}, got {per!r}")
+    return judge
 
 
 def _weigh(layers: dict[str, Norm], parts: list[list[Norm]], passes: _Passes, judge: Judge) -> Weighing:

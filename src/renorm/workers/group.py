@@ -15,7 +15,7 @@ from torch import distributed as dist
 _own: WeakKeyDictionary[Any, ref[Any]] = WeakKeyDictionary()
 
 
-_LOST = "lost"  # the group of what was pickled: it is known to its own process only
+LOST = "lost"  # the group of what was pickled: it is known to its own process only
 
 
 class Workers:
@@ -32,14 +32,14 @@ class Workers:
         return self
 
     def __reduce__(self) -> tuple[type[Workers], tuple[str | None]]:
-        return Workers, (None if self.group is None else _LOST,)
+        return Workers, (None if self.group is None else LOST,)
 
     @property
     def number(self) -> int:
         """How many there are, 1 as long as torch.distributed is not initialized."""
         if not (dist.is_available() and dist.is_initialized()):
             return 1
-        if self.group == _LOST:
+        if self.group == LOST:
             raise RuntimeError(
                 "this layer was synchronized within a process group, which no file can keep: call "
                 "renorm.synchronize(model, ...) again"
