@@ -2,8 +2,8 @@
 
     python examples/crossq_sb3.py [--seeds 5] [--steps 3000] [--out examples/results]
 
-Everything but the layer is the same: CrossQ's defaults, networks of 256 units, the correction from a layer's 300th batch
-on (the default of 100,000 would not come within so few steps), first weights and exploration of a seed.
+Everything but the layer is the same: CrossQ's defaults, networks of 256 units, the correction from a layer's 300th
+batch on (the default of 100,000 would not come within so few steps), first weights and exploration of a seed.
 
 Expected, as written down before the first run: no difference in returns beyond that between seeds. The layers differ by
 eps, which theirs adds twice once the correction is on, and by N / (N - 1) in the variance of a batch of N = 512 (the
@@ -21,7 +21,6 @@ from statistics import mean
 from typing import NamedTuple
 
 import torch
-from common import draw_curve, positive, replace_file, save_csv, spread
 from matplotlib.figure import Figure
 from sb3_contrib import CrossQ
 from sb3_contrib.crossq.policies import MlpPolicy
@@ -29,6 +28,7 @@ from scipy import stats
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
+from common import draw_curve, positive, replace_file, save_csv, spread
 from renorm.integrations.sb3_contrib import BatchRenormPolicy
 
 TASK = "Pendulum-v1"

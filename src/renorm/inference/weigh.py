@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +16,6 @@ from ..layers import BatchNorm
 from ..modules import norms, replace_modules, tracks
 from ..norm import Norm
 from .passes import ModelCall, forward, modes, target
-from .progress import progress
 from .report import Point, Weighing
 from .scores import Evaluation, ExampleScore, Judge, Metric
 from .search import best_of, next_place
@@ -91,7 +92,7 @@ def weigh(
     parts = _parts(layers, per)
     before = [layer.example_weight for layer in layers.values()]
     try:
-        with progress("weighing", _MOST_PASSES + _PASSES_PER_PART * len(parts), show_progress) as show:
+        with _progress("weighing", _MOST_PASSES + _PASSES_PER_PART * len(parts), show_progress) as show:
             return _weigh(layers, parts, _Passes(model, loader, forward, judge, show), judge)
     except BaseException:
         _restore(layers, before)
@@ -233,3 +234,26 @@ def _restore(layers: dict[str, Norm], weights: Iterable[float]) -> None:
 
 def _points(found: Mapping[float, Evaluation]) -> tuple[Point, ...]:
     return tuple(Point(alpha, found[alpha].interval, found[alpha].examples) for alpha in sorted(found))
+
+
+@contextmanager
+def _progress(description: str, total: float, shown: bool) -> Iterator[Callable[[float], None]]:
+    """A bar on standard error, where rich is installed and somebody is watching; yields what to tell the work done."""
+    bar = _bar() if shown else None
+    if bar is None:
+        yield lambda done: None
+        return
+    task = bar.add_task(description, total=total)
+    with bar:
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _bar() -> Any:
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        return None
+    console = Console(stderr=True)
+    watched = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+    return Progress(console=console, transient=True) if watched else None
