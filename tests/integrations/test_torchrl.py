@@ -21,6 +21,7 @@ from torchrl.modules.tensordict_module.common import SafeModule
 from torchrl.objectives import CrossQLoss
 
 OBSERVATIONS, ACTIONS, BATCH, UNITS, CRITICS = 3, 2, 16, 8, 2
+LAYERS = (BatchRenorm1d, TheirBatchRenorm1d)
 LOSSES = ("loss_actor", "loss_qvalue", "loss_alpha")
 
 
@@ -56,7 +57,7 @@ def transitions(seed: int) -> TensorDict:
 
 
 def train(loss: CrossQLoss, steps: int) -> list[Tensor]:
-    """Losses of each step; plain descent, since Adam makes whole steps of the rounding errors of biases before a norm."""
+    """Losses of each step; by SGD, since Adam makes whole steps of rounding errors (biases before a norm)."""
     optimizer = torch.optim.SGD(loss.parameters(), 0.01)
     found = []
     for step in range(steps):
@@ -77,7 +78,7 @@ def test_crossq_trains_as_with_torchrl_s_layer_until_its_factor_grows_beyond_one
         torch.testing.assert_close(ours.state_dict()[name], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("layer", [BatchRenorm1d, TheirBatchRenorm1d])
+@pytest.mark.parametrize("layer", LAYERS)
 def test_an_update_moves_the_actor_twice_and_every_critic_once(layer: type[nn.Module]) -> None:
     loss = crossq(layer)
     train(loss, 3)
@@ -95,9 +96,7 @@ def test_critics_of_one_vmap_keep_statistics_of_their_own() -> None:
     assert loss.qvalue_network_params["module", "1", "weight"].grad.abs().amin() > 0
 
 
-@pytest.mark.parametrize(
-    ("source", "target"), [(BatchRenorm1d, TheirBatchRenorm1d), (TheirBatchRenorm1d, BatchRenorm1d)]
-)
+@pytest.mark.parametrize(("source", "target"), [LAYERS, LAYERS[::-1]])
 def test_checkpoints_go_both_ways(source: type[nn.Module], target: type[nn.Module]) -> None:
     old, new = network(source, 5, 2, 2), network(target, 5, 2, 2)
     for seed in range(3):
@@ -110,13 +109,11 @@ def test_checkpoints_go_both_ways(source: type[nn.Module], target: type[nn.Modul
     loss, other = crossq(source), crossq(target)
     train(loss, 2)
     other.load_state_dict(loss.state_dict())
-    assert torch.equal(
-        other.qvalue_network_params["module", "4", "running_var"],
-        loss.qvalue_network_params["module", "4", "running_var"],
-    )
+    loaded, saved = (found.qvalue_network_params["module", "4", "running_var"] for found in (other, loss))
+    assert torch.equal(loaded, saved)
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 2), (6, 5, 2, 2)])
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 2)])
 @pytest.mark.parametrize("seen", [0, 3, 5])
 def test_a_layer_computes_what_torchrl_s_does(shape: tuple[int, ...], seen: int) -> None:
     options: dict[str, Any] = {"momentum": 0.2, "eps": 1e-3, "max_r": 1.5, "max_d": 0.5, "warmup_steps": 3}

@@ -20,8 +20,10 @@ class BatchRenormPolicy(CrossQPolicy):
     """CrossQ's policy with `renorm.BatchRenorm1d` in actor and critics.
 
     Takes the `policy_kwargs` of "MlpPolicy" and starts from the same weights; statistics move in the same forwards. The
-    correction sets in at once after `renorm_warmup_steps` batches of a layer, with limits of 3 and 5: an actor sees one
-    in `policy_delay`. `load_state_dict`, and so `CrossQ.load`, reads what "MlpPolicy" has saved as well.
+    correction sets in at once after `renorm_warmup_steps` batches of a layer, of which an actor sees one in
+    `policy_delay` gradient steps; its limits are 3 and 5. What "MlpPolicy" has saved loads as well: by
+    `CrossQ.load(path, env, custom_objects={"policy_class": BatchRenormPolicy})`, or `BatchRenormPolicy.load(path)` for
+    a policy alone.
 
     Source:
         Bhatt et al. 2024 (CrossQ).
@@ -29,10 +31,9 @@ class BatchRenormPolicy(CrossQPolicy):
     Example:
         >>> from sb3_contrib import CrossQ
         >>> model = CrossQ(BatchRenormPolicy, "Pendulum-v1", policy_kwargs={"net_arch": [64, 64]})
-        >>> model.actor.latent_pi[0]
-        BatchRenorm1d(3, eps=0.001, momentum=0.01, affine=True, track_running_stats=True, tracking='var',
-            limits=Limits(r_max=3.0, d_max=5.0, start=100001, r_end=100001, d_end=100001),
-            plain batch norm until step 100001)
+        >>> model.critic.qf0[0]
+        BatchRenorm1d(4, eps=0.001, momentum=0.01, affine=True, track_running_stats=True, limits=Limits(r_max=3.0,
+            d_max=5.0, start=100001, r_end=100001, d_end=100001), plain batch norm until step 100001)
     """
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from .. import layers
 from ..limits import Limits
-from ..norm import Norm
 
 
 class BatchRenorm1d(layers.BatchRenorm1d):
     """`renorm.BatchRenorm1d` in the place of `torchrl.modules.BatchRenorm1d`, as `norm_class` of TorchRL's networks.
 
-    The state dict is TorchRL's, key for key. With `smooth` the limits relax during the warm-up; TorchRL fades in r and
-    d themselves, by a factor that goes on growing afterwards, so that r leaves its limits. TorchRL is not imported.
+    Takes input (N, C) or (N, C, L). The state dict is TorchRL's, key for key. With `smooth` the limits relax during the
+    warm-up; TorchRL fades in r and d themselves, by a factor that goes on growing afterwards, so that r leaves its
+    limits. TorchRL is not imported.
 
     Args:
         num_features: C, the number of channels.
@@ -31,8 +29,6 @@ class BatchRenorm1d(layers.BatchRenorm1d):
         >>> BatchRenorm1d(num_features=64, warmup_steps=500).limits
         Limits(r_max=3.0, d_max=5.0, start=500, r_end=500, d_end=500)
     """
-
-    input_ranks: ClassVar[tuple[int, ...]] = Norm.input_ranks
 
     def __init__(
         self,
