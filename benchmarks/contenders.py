@@ -21,6 +21,7 @@ OURS_FUSED = "BatchRenorm2d, fused"
 OURS_COMPILED, OURS_FUSED_COMPILED = "BatchRenorm2d compiled", "BatchRenorm2d, fused, compiled"
 OURS_WEIGHTED = "BatchRenorm2d, alpha = 0.1"
 APART, MERGED, SHARED = "sync=None", "sync=running", "sync=batch"
+SB3_CONTRIB, RENORM = "sb3-contrib", "renorm"  # whose layers
 NO_BLOCK, ACCUMULATE, FREEZE, MONITOR = "no block", "accumulate", "freeze", "monitor, every=1"
 
 _GROUPS = 16  # divides the channels of every layer measured

@@ -9,7 +9,6 @@ are over alpha = 0 in the same runtime, of two times of the same round, with med
 from __future__ import annotations
 
 import copy
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import renorm
 from command import run
 from contenders import BATCH_NORM, OURS, OURS_WEIGHTED
 from csvfiles import Row
-from harness import Budget, Samples, interleave
+from harness import Budget, interleave, ratio
 from networks import NETWORKS, QUICK_NETWORKS, Change, Network, ours
 from settings import Setting
 from steps import warm_step
@@ -85,13 +84,6 @@ def exported(model: nn.Module, images: Tensor, threads: int) -> Exported:
         options.log_severity_level = 3  # or it warns that the optimized file is for this machine alone
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return Exported(session, *(len(onnx.load(file).graph.node) for file in (path, optimized)))
-
-
-def ratio(samples: Samples, below: Samples) -> Row:
-    """The columns of a contender's time over another's, round by round: median and quartiles."""
-    pairs = zip(samples.seconds["step"], below.seconds["step"], strict=True)
-    lower, median, upper = (round(value, 4) for value in statistics.quantiles((a / b for a, b in pairs), n=4))
-    return {"ratio": median, "lower_quartile_ratio": lower, "upper_quartile_ratio": upper}
 
 
 def evaluated(network: Network) -> nn.Module:

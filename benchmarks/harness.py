@@ -94,6 +94,13 @@ def interleave(steps: Mapping[Name, Step], budget: Budget) -> dict[Name, Samples
     return samples
 
 
+def ratio(samples: Samples, below: Samples) -> Row:
+    """The columns of a contender's time over another's, round by round: median and quartiles."""
+    pairs = zip(samples.seconds["step"], below.seconds["step"], strict=True)
+    lower, median, upper = (round(value, 4) for value in statistics.quantiles((a / b for a, b in pairs), n=4))
+    return {"ratio": median, "lower_quartile_ratio": lower, "upper_quartile_ratio": upper}
+
+
 def minor_faults() -> int:
     """Minor page faults of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

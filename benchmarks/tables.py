@@ -154,6 +154,21 @@ def cost_table(costs: list[Row]) -> str:
     return markdown(header, lines)
 
 
+def crossq_table(steps: list[Row]) -> str:
+    """What a gradient step of CrossQ takes with either layer, by units and phase."""
+    lines = []
+    for ours in select(steps, contender=c.RENORM):
+        case = {name: ours[name] for name in ("units", "phase")}
+        theirs = select(steps, contender=c.SB3_CONTRIB, **case)[0]
+        lines.append([
+            f"{case['units']:,}", str(case["phase"]), *(_number(float(row["median_ms"])) for row in (theirs, ours)),
+            _number(float(ours["ratio"])),
+            f"{float(ours['lower_quartile_ratio']):.2f} to {float(ours['upper_quartile_ratio']):.2f}",
+        ])  # fmt: skip
+    header = ["units", "phase", "sb3-contrib's layer, ms", "ours, ms", "ratio", "quartiles"]
+    return markdown(header, lines, texts=(1, 5))
+
+
 def export_table(exports: list[Row]) -> str:
     """What an example weight costs at inference, by network, batch and runtime."""
     lines = []

@@ -121,8 +121,7 @@ def test_a_regression_is_the_ratio_of_medians_of_alternating_visits() -> None:
 
 
 def test_ratios_of_inference_are_those_of_a_round() -> None:
-    from export import ratio
-    from harness import Samples
+    from harness import Samples, ratio
 
     ours, weighted = (Samples({"step": times}) for times in ([1.0, 10.0, 2.0], [3.0, 20.0, 2.0]))
     assert ratio(weighted, ours) == {"ratio": 2.0, "lower_quartile_ratio": 1.0, "upper_quartile_ratio": 3.0}
@@ -149,7 +148,7 @@ def test_exported_contenders_compute_the_same_and_only_a_weight_needs_nodes() ->
 
 @pytest.mark.slow
 def test_every_script_runs_from_measuring_to_the_page(tmp_path: Path) -> None:
-    for script in ("layers", "models", "memory", "workers", "export"):
+    for script in ("layers", "models", "memory", "workers", "export", "crossq"):
         run(script, "--quick", "--out", str(tmp_path))
     printed = run("report", "--results", str(tmp_path), "--docs", str(tmp_path / "docs"))
     assert "BatchRenorm2d / plain code" in printed

@@ -53,6 +53,17 @@ def test_crossq_writes_table_and_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_crossq_of_sb3_contrib_writes_table_and_picture(tmp_path: Path) -> None:
+    pytest.importorskip("sb3_contrib")
+    done = run("crossq_sb3", "--steps", "10", "--seeds", "2", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = check_files(tmp_path, "crossq_sb3")
+    last = [(row["layer"], row["seed"]) for row in rows if row["step"] == "10"]
+    assert last == [("sb3-contrib", "0"), ("renorm", "0"), ("sb3-contrib", "1"), ("renorm", "1")]
+    assert "difference" in done.stdout
+
+
+@pytest.mark.slow
 def test_gan_writes_table_and_picture(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     done = run("gan", "--steps", "3", "--seeds", "2", "--norm", "batch", "renorm", "--out", str(tmp_path))
@@ -80,13 +91,14 @@ def test_recurrent_writes_table_and_picture(tmp_path: Path) -> None:
         ("crossq", ["--steps", "0"], "must be at least 1, got 0"),
         ("crossq", ["--env", "CartPole-v1"], "must be vectors of real numbers, got Discrete(2)"),
         ("crossq", ["--env", "Nowhere-v0"], "--env Nowhere-v0: "),
+        ("crossq_sb3", ["--seeds", "0"], "must be at least 1, got 0"),
         ("recurrent", ["--steps", "0"], "must be at least 1, got 0"),
         ("gan", ["--norm", "layer"], "invalid choice: 'layer'"),
     ],
 )
 def test_bad_options_are_refused(name: str, options: list[str], message: str, tmp_path: Path) -> None:
-    if name == "crossq":
-        pytest.importorskip("gymnasium")
+    if name.startswith("crossq"):
+        pytest.importorskip("gymnasium" if name == "crossq" else "sb3_contrib")
     done = run(name, *options, "--out", str(tmp_path))
     assert done.returncode == 2
     assert message in done.stderr
@@ -129,6 +141,29 @@ def test_numbers_of_the_page_are_those_of_the_tables() -> None:
         for mode, name in (("training mode", "train"), ("evaluation", "eval")):
             expected = [spread(late_means(measured, norm, f"{column}_{name}", 4_000 * 2 / 3), 2) for norm in LABELS]
             assert cells[f"{label}, {mode}"] == expected
+
+
+@needs_results
+def test_numbers_of_sb3_contrib_s_crossq_are_those_of_the_table() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    rows = table(EXAMPLES / "results" / "crossq_sb3.csv")
+    runs = {
+        layer: [
+            [float(row["return"]) for row in rows if (row["layer"], row["seed"]) == (layer, str(seed))]
+            for seed in range(5)
+        ]
+        for layer in ("sb3-contrib", "renorm")
+    }
+    page = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    cells = {first: others for first, *others in lines}
+    found = {layer: ([run[-1] for run in each], [mean(run) for run in each]) for layer, each in runs.items()}
+    for layer, columns in found.items():
+        assert cells[f"{layer}'s layer"] == [spread(values, 1) for values in columns]
+    for cell, theirs, ours in zip(cells["difference"], *found.values(), strict=True):
+        differences = [b - a for a, b in zip(theirs, ours, strict=True)]
+        low, high = stats.t.interval(0.95, 4, mean(differences), stats.sem(differences))
+        assert cell == f"{mean(differences):.1f} ({low:.1f} to {high:.1f})"
 
 
 @needs_results

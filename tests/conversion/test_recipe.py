@@ -15,7 +15,7 @@ from torch import nn
 
 import renorm
 from renorm import ConversionReport, Limits, convert, recipe, to_batchnorm
-from renorm.fusion.forward import FusedForward
+from renorm.fusion.model import FusedForward
 
 LIMITS = Limits.over(1_000, math.inf, 4.0)
 OPTIONS: dict[str, Any] = {

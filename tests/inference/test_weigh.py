@@ -319,8 +319,8 @@ def test_a_model_that_returns_a_dictionary_is_weighed_by_the_forward_that_the_er
         renorm.weigh(model, SCENES, metric)
     assert list(model.modules()) == modules
     (code,) = re.findall(r"as forward=(lambda .*)", str(caught.value))
-    found = renorm.weigh(model, SCENES, metric, forward=eval(code))
-    assert found.before == renorm.weigh(copy.deepcopy(model.net), SCENES, metric).before
+    expected = renorm.weigh(copy.deepcopy(model.net), SCENES, metric)
+    assert renorm.weigh(model, SCENES, metric, forward=eval(code)).before == expected.before
 
 
 def test_a_score_of_one_s_own_gets_what_the_model_returns() -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .. import layers
-from ..fusion.forward import FusedForward
+from ..fusion.model import FusedForward
 from ..fusion.norm_act import ACT_LAYERS, NormAct
 from ..layers import BatchGroupNorm
 from ..limits import Limits
