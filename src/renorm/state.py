@@ -181,10 +181,10 @@ class State(_BatchNorm):
         """Forget every batch: mean 0, variance 1, step 0."""
         if not self.track_running_stats or not self.has_statistics:
             return
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
-        self.num_batches_skipped.zero_()
+        nn.init.zeros_(self.running_mean)  # by torch's functions, which transformers keeps from what it has loaded
+        nn.init.ones_(self.running_var)
+        nn.init.zeros_(self.num_batches_tracked)
+        nn.init.zeros_(self.num_batches_skipped)
 
     def reset_parameters(self) -> None:
         """Start anew: weight 1, bias 0, and no batch seen."""
@@ -259,8 +259,12 @@ class State(_BatchNorm):
         track(state, moments, Rule(self.tracking, self._momentum), Settings(self.grouping, self._eps))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._settle_count()
         before = {name: self._buffers[name] for name in _STATISTICS}
+        counted = self._buffers["num_batches_skipped"]
         super()._apply(fn, recurse)
+        if counted is not None and counted.is_meta and not self.num_batches_skipped.is_meta:
+            self.num_batches_skipped.zero_()  # to_empty makes memory that no state dict will fill
         for name, statistic in before.items():
             after = self._buffers[name]
             if statistic is not None and after is not None and after.dtype.itemsize < torch.float32.itemsize:
@@ -275,6 +279,13 @@ class State(_BatchNorm):
             if loaded is not None:  # load_state_dict(assign=True) would take over half precision
                 state_dict[prefix + name] = loaded.to(accumulation_dtype(loaded.dtype))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self._settle_count()
+
+    def _settle_count(self) -> None:
+        """A layer made without memory and filled from a state dict has not skipped batches, which no state dict says."""
+        mean, skipped = self._buffers["running_mean"], self._buffers["num_batches_skipped"]
+        if mean is not None and skipped is not None and skipped.is_meta and not mean.is_meta:
+            self._buffers["num_batches_skipped"] = torch.zeros_like(skipped, device=mean.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
