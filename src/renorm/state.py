@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from .grouping import Grouping
 from .moments import Moments, accumulation_dtype
@@ -17,7 +18,7 @@ from .occasions import Blocks, Frozen, Statistics, counts, innermost_accumulatio
 from .ops.dispatch import track
 from .ops.problem import RunningState, Settings
 from .ops.tracking import Rule, Tracking
-from .substitution import refuse_substitution
+from .substitution import refuse_single_examples, refuse_substitution
 from .workers.group import Workers
 from .workers.pool import Pool, pool_of
 from .workers.sums import Summed
@@ -287,6 +288,22 @@ class State(_BatchNorm):
         if mean is not None and skipped is not None and skipped.is_meta and not mean.is_meta:
             self._buffers["num_batches_skipped"] = torch.zeros_like(skipped, device=mean.device)
 
+    def register_full_backward_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """As of any module.
+
+        Args:
+            hook: as of any module.
+            prepend: as of any module.
+
+        Returns:
+            A handle, to remove the hook.
+
+        Raises:
+            RuntimeError: a tool registers it that takes gradients of single examples, which no batch norm has.
+        """
+        refuse_single_examples(self, sys._getframe(1))
+        return super().register_full_backward_hook(hook, prepend)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.pool is not None:
@@ -301,6 +318,12 @@ class State(_BatchNorm):
         # What a tool makes of a count on the meta device is memory that nobody has written to.
         if name == "num_batches_skipped" and isinstance(value, Tensor) and self.num_batches_skipped.is_meta:
             value = torch.zeros_like(value)
+        if name == "num_features" and value != self.__dict__.get(name, value) and self.grouping.channels_per_group > 1:
+            raise ValueError(
+                f"num_features must stay {self.num_features}, since {self.grouping.channels_per_group} consecutive "
+                "channels share their statistics, and without some of them others would: to prune channels, call "
+                f"renorm.to_batchnorm(model) before, got {value}"
+            )
         super().__setattr__(name, value)
 
 
