@@ -13,8 +13,10 @@ from typing import Any
 _SYNCHRONIZE = re.compile(r"(convert|revert)\w*sync")
 _FREEZE = re.compile(r"freeze\w*(bn|norm)|convert\w*frozen")
 # What a function reads in order to make another batch norm, or to make a layer's scale and shift by itself.
-_REPLACES = {"eps", "momentum", "affine", "track_running_stats", "running_var"}
-_FOLDS = {"eps", "running_var"}
+_REPLACES = {
+    "num_features", "eps", "momentum", "affine", "track_running_stats", "running_var", "num_batches_tracked",
+}  # fmt: skip
+_FOLDS = {"eps", "running_var", "weight"}
 
 
 def obstacle(layer: Any) -> str:

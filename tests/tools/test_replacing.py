@@ -80,14 +80,14 @@ def test_timm_s_split_batch_norm_is_refused_before_it_replaces_anything() -> Non
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
-def test_mkldnn_takes_torch_s_layers() -> None:
+def test_mkldnn_evaluates_exactly_or_not_at_all() -> None:
     mkldnn = pytest.importorskip("torch.utils.mkldnn")
-    model = conv_and_norm()
-    with pytest.raises(RuntimeError, match=r"would replace BatchRenorm2d by another batch norm"):
-        mkldnn.to_mkldnn(copy.deepcopy(model))
-    x = images()
-    made = mkldnn.to_mkldnn(renorm.to_batchnorm(copy.deepcopy(model)))
+    model, x = conv_and_norm(), images()
+    made = mkldnn.to_mkldnn(copy.deepcopy(model))
     torch.testing.assert_close(made(x.to_mkldnn()).to_dense(), model(x), atol=1e-5, rtol=1e-4)
+    model[1].example_weight = 0.1
+    with pytest.raises(RuntimeError, match=r"MkldnnBatchNorm.__init__ takes BatchRenorm2d for a scale and a shift"):
+        mkldnn.to_mkldnn(model)
 
 
 def with_levit() -> Any:
