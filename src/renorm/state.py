@@ -283,7 +283,7 @@ class State(_BatchNorm):
         self._settle_count()
 
     def _settle_count(self) -> None:
-        """A layer made without memory and filled from a state dict has not skipped batches, which no state dict says."""
+        """No state dict says it, but a layer made without memory, and filled from one, has skipped no batches."""
         mean, skipped = self._buffers["running_mean"], self._buffers["num_batches_skipped"]
         if mean is not None and skipped is not None and skipped.is_meta and not mean.is_meta:
             self._buffers["num_batches_skipped"] = torch.zeros_like(skipped, device=mean.device)

@@ -18,7 +18,7 @@ pytest.importorskip("lightning")
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 
-from .helpers import LIMITS, converted, images, layers, moved, network, statistics
+from .helpers import LIMITS, converted, images, layers, moved, network
 from .test_statistics import assert_estimated
 
 pytestmark = [
@@ -58,9 +58,7 @@ def loader(x: Tensor) -> DataLoader[Any]:
 
 def trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return Trainer(
-        accelerator="cpu", devices=1, default_root_dir=folder, callbacks=list(callbacks), **quiet | options
-    )
+    return Trainer(accelerator="cpu", devices=1, default_root_dir=folder, callbacks=list(callbacks), **quiet | options)
 
 
 @pytest.mark.parametrize("ours", [False, True], ids=["torch", "ours"])

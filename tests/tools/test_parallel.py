@@ -1,4 +1,4 @@
-"""FSDP, which keeps batch norm out of mixed precision by type, DDP and accelerate; several workers are in tests/distributed."""
+"""FSDP, which keeps batch norm out of mixed precision by type, DDP and accelerate, in one process."""
 
 from __future__ import annotations
 

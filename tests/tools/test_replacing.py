@@ -18,10 +18,6 @@ from .test_optimizers import YAML, ultralytics
 
 __all__ = ["ultralytics"]  # a fixture
 
-QUANTIZATION = [
-    pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated"),
-    pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning"),
-]
 MORE: dict[str, dict[str, Any]] = {"example weight": {"example_weight": 0.1}, "activation": {"act": "relu"}}
 more = pytest.mark.parametrize("options", MORE.values(), ids=MORE)
 
@@ -136,60 +132,52 @@ def test_ultralytics_folds_exactly_or_not_at_all(ultralytics: Any) -> None:
         weighted.fuse(verbose=False)
 
 
-def test_torch_fx_s_fuse_takes_torch_s_layers() -> None:
+@pytest.mark.parametrize("options", [{}, *MORE.values()], ids=["plain", *MORE])
+def test_torch_fx_s_fuse_leaves_the_layers_alone(options: dict[str, Any]) -> None:
     optimization = pytest.importorskip("torch.fx.experimental.optimization")
-    model = converted(network()).eval()
-    with pytest.raises(TypeError, match=r"torch.fx cannot trace into BatchRenorm2d: replace it first"):
-        optimization.fuse(model)
-    fused = optimization.fuse(renorm.to_batchnorm(copy.deepcopy(model)))
-    x = images()
-    torch.testing.assert_close(fused(x), model(x), atol=1e-5, rtol=1e-4)
+    model, x = converted(network(), **options).eval(), images()
+    untouched = optimization.fuse(model)
+    assert len(layers(untouched)) == 2
+    torch.testing.assert_close(untouched(x), model(x))
+    if not options:
+        folded = optimization.fuse(renorm.to_batchnorm(copy.deepcopy(model)))
+        assert not [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
+        torch.testing.assert_close(folded(x), model(x), atol=1e-5, rtol=1e-4)
 
 
-def eager(model: nn.Module) -> object:
-    return torch.ao.quantization.fuse_modules(model.eval(), ["0", "1", "2"])
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_torch_fx_sees_one_call_of_each_layer(training: bool) -> None:
+    model, x = converted(network(), limits=LIMITS["constant"]).train(training), images()
+    traced = copy.deepcopy(torch.fx.symbolic_trace(copy.deepcopy(model)))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == list("012345678")
+    torch.testing.assert_close(traced(x), model(x))
+    torch.testing.assert_close(traced.state_dict(), model.state_dict())
 
 
-def eager_training(model: nn.Module) -> object:
-    return torch.ao.quantization.fuse_modules_qat(model.train(), ["0", "1", "2"])
+def test_torch_fx_keeps_masks_and_residuals() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = renorm.BatchRenorm1d(4)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.norm(x, mask, residual=x, act="relu")
+            return y
+
+    model = Block()
+    x, mask = torch.randn(8, 4), torch.arange(8) < 6
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    torch.testing.assert_close(traced(x, mask), model(x, mask))
 
 
-def graph(model: nn.Module) -> object:
-    from torch.ao.quantization import quantize_fx
-
-    mapping = torch.ao.quantization.get_default_qconfig_mapping()
-    return quantize_fx.prepare_fx(model.eval(), mapping, (images(),))
-
-
-def graph_training(model: nn.Module) -> object:
-    from torch.ao.quantization import quantize_fx
-
-    mapping = torch.ao.quantization.get_default_qat_qconfig_mapping()
-    return quantize_fx.prepare_qat_fx(model.train(), mapping, (images(),))
-
-
-QUANTIZERS = [eager, eager_training, graph, graph_training]
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated.*:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("quantize", QUANTIZERS)
-def test_torch_s_quantization_takes_torch_s_layers(quantize: Callable[[nn.Module], object]) -> None:
-    model = converted(network())
-    with pytest.raises((AssertionError, NotImplementedError, TypeError), match=r"BatchRenorm2d"):
-        quantize(copy.deepcopy(model))
-    quantize(renorm.to_batchnorm(model))
-
-
-def test_torchao_quantizes_what_is_around_the_layers() -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    model = converted(network(32)).eval()
-    model[8] = nn.Linear(32, 32)
-    x = images()
-    expected = model(x)
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    assert len(layers(model)) == 2
-    torch.testing.assert_close(model(x), expected, atol=0.05, rtol=0.05)
+def test_torchvision_extracts_features() -> None:
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    plain, x = network(), images()
+    found = [
+        extraction.create_feature_extractor(model, {"1": "norm", "5": "relu"}).eval()(x)
+        for model in (plain, converted(plain))
+    ]
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_an_affine_map_of_one_s_own_is_told_what_it_misses() -> None:

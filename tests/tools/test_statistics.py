@@ -52,7 +52,7 @@ def trained_elsewhere(model: Any) -> Any:
 
 
 def assert_estimated(model: nn.Module, estimated: nn.Module) -> None:
-    """Equal but for what remains: averages of the batches' variances, each of which is the batch's about its own mean."""
+    """Equal but for what remains: averages of the batches' variances, each about the batch's own mean."""
     found, expected = statistics(model), statistics(estimated)
     for name, mean in expected.items():
         if "running_mean" in name:
