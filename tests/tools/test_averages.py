@@ -12,9 +12,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import renorm
 
 from .helpers import converted, images, network
-from .test_optimizers import ultralytics
-
-__all__ = ["ultralytics"]  # a fixture
 
 
 def of_torch(model: nn.Module) -> Any:

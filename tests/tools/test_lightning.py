@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -81,7 +84,19 @@ def test_averaged_weights_get_their_own_statistics(tmp_path: Path, limits: renor
     assert_estimated(net, renorm.estimate(average, x.split(16)))
 
 
-@pytest.mark.slow  # it makes a process group
+@pytest.fixture
+def _alone_afterwards() -> Iterator[None]:
+    """Without the process group and the variables that Lightning leaves behind."""
+    before = dict(os.environ)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_alone_afterwards")
 def test_sync_batchnorm_names_what_to_call_instead(tmp_path: Path) -> None:
     fit = trainer(tmp_path, max_epochs=1, strategy="ddp", sync_batchnorm=True).fit
     with pytest.raises(RuntimeError, match=r'call renorm\.synchronize\(model, "batch"\) instead'):

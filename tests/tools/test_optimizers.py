@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,14 +17,6 @@ YAML = {
     "backbone": [[-1, 1, "Conv", [8, 3, 2]], [-1, 1, "C2f", [8, True]], [-1, 1, "Conv", [16, 3, 2]]],
     "head": [[[1, 2], 1, "Detect", ["nc"]]],
 }
-
-
-@pytest.fixture
-def ultralytics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The package, with its settings in a folder of the test's."""
-    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
-    monkeypatch.setenv("YOLO_OFFLINE", "true")
-    return pytest.importorskip("ultralytics")
 
 
 def of_norms(model: nn.Module, name: str) -> set[int]:

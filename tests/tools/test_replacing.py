@@ -14,9 +14,7 @@ from torch import nn
 import renorm
 
 from .helpers import LIMITS, converted, images, layers, network
-from .test_optimizers import YAML, ultralytics
-
-__all__ = ["ultralytics"]  # a fixture
+from .test_optimizers import YAML
 
 MORE: dict[str, dict[str, Any]] = {"example weight": {"example_weight": 0.1}, "activation": {"act": "relu"}}
 more = pytest.mark.parametrize("options", MORE.values(), ids=MORE)

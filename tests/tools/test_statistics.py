@@ -87,3 +87,13 @@ def test_batch_norm_of_ours_gets_torch_s_very_numbers() -> None:
     for model in (plain, ours):
         by_torch(model, data)
     torch.testing.assert_close(statistics(ours), statistics(plain))
+
+
+def test_a_cumulative_average_is_better_estimated() -> None:
+    """Of a layer made with momentum=None nobody can tell that its statistics are taken anew."""
+    model = trained_elsewhere(converted(network(), momentum=None, limits=LIMITS["constant"]))
+    data = images(16 * BATCHES)
+    estimated = renorm.estimate(copy.deepcopy(model), data.split(16))
+    by_torch(model, data)
+    with pytest.raises(AssertionError):
+        assert_estimated(model, estimated)
