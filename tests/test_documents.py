@@ -39,7 +39,7 @@ MONAI = [
 PAGES = [
     "index", "recurrent", "training-loops", "distributed", "several-forwards", "trained-models", "weight-decay",
     "other-checkpoints", "finetuning", "shift", "mathematics", "limits", "coming-from", "small-batches",
-    "dependent-batches", pytest.param("integrations", marks=FRAMEWORKS),
+    "dependent-batches", "tools", pytest.param("integrations", marks=FRAMEWORKS),
     pytest.param("shipping", marks=EXPORTING), pytest.param("tiled-inference", marks=MONAI),
 ]  # fmt: skip
 

@@ -40,7 +40,7 @@ def test_who_freezes_for_good_is_refused_where_it_would_lose_something(name: str
 @pytest.mark.parametrize("options", [WEIGHED, {"act": "relu"}, {"channels_per_group": 2}], ids=str)
 def test_folding_is_refused_where_scale_and_shift_do_not_do(options: dict[str, Any]) -> None:
     layer = renorm.BatchNorm2d(4, **options).eval()
-    with pytest.raises(RuntimeError, match="fuse_conv_bn_eval cannot fold BatchNorm2d"):
+    with pytest.raises(RuntimeError, match="fuse_conv_bn_eval takes BatchNorm2d for a scale and a shift"):
         fuse_conv_bn_eval(nn.Conv2d(3, 4, 1).eval(), layer)
 
 

@@ -158,11 +158,21 @@ class Norm(State):
             ValueError: a shape does not fit, a statistics group has a single element and there are no limits, or the
                 layer has an activation of its own and another is given.
         """
+        stand_in: Any = input
+        if isinstance(stand_in, Proxy):
+            return self._traced(stand_in, {"mask": mask, "residual": residual, "act": act})
         self._check(input)
         own = self._fused_activation()
         if act is not None and own is not None:
             raise ValueError(f"act must be None for a layer that has act={own!r} of its own, got {act!r}")
         return self._finish(self._normalize(Inputs(input, self.weight, self.bias, mask, residual), act or own))
+
+    def _traced(self, input: Proxy, options: dict[str, Any]) -> Tensor:
+        """One call for torch.fx, as torch's own layers are, though they alone are leaves of its tracers."""
+        tracer: Any = input.tracer
+        given = {name: option for name, option in options.items() if option is not None}
+        output: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
+        return output
 
     def _fused_activation(self) -> Activation | None:
         return self.act
@@ -171,14 +181,7 @@ class Norm(State):
         """What comes after the activation; nothing, but for layers that hold modules of their own."""
         return y
 
-    def _check(self, x: Tensor | Proxy) -> None:
-        if isinstance(x, Proxy):
-            raise TypeError(
-                f"torch.fx cannot trace into {type(self).__name__}: replace it first, by renorm.to_batchnorm(model), "
-                'or make it a leaf, in torchvision\'s create_feature_extractor by tracer_kwargs={"leaf_modules": '
-                "[renorm.Norm]}, in a torch.fx.Tracer by is_leaf_module = lambda tracer, module, name: "
-                "isinstance(module, renorm.Norm) or torch.fx.Tracer.is_leaf_module(tracer, module, name)"
-            )
+    def _check(self, x: Tensor) -> None:
         if x.ndim not in self.input_ranks:
             ranks = " or ".join(f"{rank}d" for rank in self.input_ranks)
             raise ValueError(f"{type(self).__name__} takes {ranks} input, got x of shape {tuple(x.shape)}")

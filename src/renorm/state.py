@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from .checks import check_eps
 from .grouping import Grouping
@@ -19,7 +20,7 @@ from .occasions import Blocks, Frozen, Statistics, counts, innermost_accumulatio
 from .ops.dispatch import track
 from .ops.problem import RunningState, Settings
 from .ops.tracking import Rule, Tracking
-from .substitution import refuse_substitution
+from .substitution import refuse_single_examples, refuse_substitution
 from .workers.group import Workers
 from .workers.pool import Pool, pool_of
 from .workers.sums import Summed
@@ -195,10 +196,10 @@ class State(_BatchNorm):
         """Forget every batch: mean 0, variance 1, step 0."""
         if not self.track_running_stats or not self.has_statistics:
             return
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
-        self.num_batches_skipped.zero_()
+        nn.init.zeros_(self.running_mean)  # by torch's functions, which transformers keeps from what it has loaded
+        nn.init.ones_(self.running_var)
+        nn.init.zeros_(self.num_batches_tracked)
+        nn.init.zeros_(self.num_batches_skipped)
 
     def reset_parameters(self) -> None:
         """Start anew: weight 1, bias 0, and no batch seen."""
@@ -273,8 +274,12 @@ class State(_BatchNorm):
         track(state, moments, Rule(self.tracking, self._momentum), Settings(self.grouping, self._eps))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._settle_count()
         before = {name: self._buffers[name] for name in _STATISTICS}
+        counted = self._buffers["num_batches_skipped"]
         super()._apply(fn, recurse)
+        if counted is not None and counted.is_meta and not self.num_batches_skipped.is_meta:
+            self.num_batches_skipped.zero_()  # to_empty makes memory that no state dict will fill
         for name, statistic in before.items():
             after = self._buffers[name]
             if statistic is not None and after is not None and after.dtype.itemsize < torch.float32.itemsize:
@@ -289,6 +294,29 @@ class State(_BatchNorm):
             if loaded is not None:  # load_state_dict(assign=True) would take over half precision
                 state_dict[prefix + name] = loaded.to(accumulation_dtype(loaded.dtype))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self._settle_count()
+
+    def _settle_count(self) -> None:
+        """No state dict says it, but a layer made without memory, and filled from one, has skipped no batches."""
+        mean, skipped = self._buffers["running_mean"], self._buffers["num_batches_skipped"]
+        if mean is not None and skipped is not None and skipped.is_meta and not mean.is_meta:
+            self._buffers["num_batches_skipped"] = torch.zeros_like(skipped, device=mean.device)
+
+    def register_full_backward_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """As of any module.
+
+        Args:
+            hook: as of any module.
+            prepend: as of any module.
+
+        Returns:
+            A handle, to remove the hook.
+
+        Raises:
+            RuntimeError: a tool registers it that takes gradients of single examples, which no batch norm has.
+        """
+        refuse_single_examples(self, sys._getframe(1))
+        return super().register_full_backward_hook(hook, prepend)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -304,6 +332,12 @@ class State(_BatchNorm):
         # What a tool makes of a count on the meta device is memory that nobody has written to.
         if name == "num_batches_skipped" and isinstance(value, Tensor) and self.num_batches_skipped.is_meta:
             value = torch.zeros_like(value)
+        if name == "num_features" and value != self.__dict__.get(name, value) and self.grouping.channels_per_group > 1:
+            raise ValueError(
+                f"num_features must stay {self.num_features}, since {self.grouping.channels_per_group} consecutive "
+                "channels share their statistics, and without some of them others would: to prune channels, call "
+                f"renorm.to_batchnorm(model) before, got {value}"
+            )
         super().__setattr__(name, value)
 
 

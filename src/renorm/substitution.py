@@ -9,10 +9,14 @@ import re
 from types import FrameType
 from typing import Any
 
-# Functions of torch, apex, timm, detectron2, ultralytics, mmcv and those who copy them.
-_SYNCHRONIZE = re.compile(r"_*(convert|revert)\w*sync")
-_FREEZE = re.compile(r"_*(un)?freeze\w*(bn|norm)|_*convert\w*frozen")
-_FOLD = re.compile(r"_*(fuse|fold|merge|absorb)\w*(bn|norm)")
+# Functions of torch, apex, timm, detectron2, mmcv and those who copy them.
+_SYNCHRONIZE = re.compile(r"(convert|revert)\w*sync")
+_FREEZE = re.compile(r"freeze\w*(bn|norm)|convert\w*frozen")
+# What a function reads in order to make another batch norm, or to make a layer's scale and shift by itself.
+_REPLACES = {
+    "num_features", "eps", "momentum", "affine", "track_running_stats", "running_var", "num_batches_tracked",
+}  # fmt: skip
+_FOLDS = {"eps", "running_var", "weight"}
 
 
 def obstacle(layer: Any) -> str:
@@ -60,20 +64,48 @@ def refuse_substitution(layer: Any, caller: FrameType) -> None:
     Raises:
         RuntimeError: a known kind of tool does, and something would be lost.
     """
-    function, kind = caller.f_code.co_name, type(layer).__name__
-    if _SYNCHRONIZE.match(function):
+    code, kind = caller.f_code, type(layer).__name__
+    function, reads = code.co_qualname, {*code.co_names}
+    if caller.f_globals.get("__name__", "").startswith("renorm."):
+        return
+    if _SYNCHRONIZE.search(code.co_name):
         raise RuntimeError(
             f"{function} would replace {kind} by a synchronized batch norm without its settings: call "
             'renorm.synchronize(model, "batch") instead, and leave sync_batchnorm=True out'
         )
-    if _FREEZE.match(function) and (trains_otherwise(layer) or obstacle(layer)):
+    loses = trains_otherwise(layer) or bool(obstacle(layer))
+    if _FREEZE.search(code.co_name) and loses:
         raise RuntimeError(
             f"{function} would replace {kind} by a frozen batch norm, and that by nn.BatchNorm, without its settings: "
             'set layer.frozen = "running" instead'
         )
-    if _FOLD.match(function):
+    if reads >= _REPLACES and loses:
+        raise RuntimeError(
+            f"{function} would replace {kind} by another batch norm without its settings: call it before "
+            "renorm.convert, or after renorm.to_batchnorm(model), which says what is lost"
+        )
+    if reads >= _FOLDS:
         reason = obstacle(layer)
         if layer.channels_per_group > 1:
             reason = "channels share their statistics; renorm.to_batchnorm(model) gives each its own"
         if reason:
-            raise RuntimeError(f"{function} cannot fold {kind} into the layer before it: {reason}")
+            raise RuntimeError(f"{function} takes {kind} for a scale and a shift by its running statistics: {reason}")
+
+
+def refuse_single_examples(layer: Any, caller: FrameType) -> None:
+    """Refuse hooks for the gradients of single examples.
+
+    Opacus refuses a layer with buffers itself, and takes one without for a layer that does not mix examples.
+
+    Args:
+        layer: of ours.
+        caller: who registers a hook.
+
+    Raises:
+        RuntimeError: Opacus does.
+    """
+    if caller.f_globals.get("__name__", "").startswith("opacus."):
+        raise RuntimeError(
+            f"opacus takes gradients of single examples, and {type(layer).__name__} normalizes by all of them: replace "
+            "it by a layer that does not, as ModuleValidator.fix(renorm.to_batchnorm(model)) does"
+        )

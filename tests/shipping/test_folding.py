@@ -114,9 +114,10 @@ def test_an_example_weight_is_refused_by_layer_and_with_what_to_do(fuse: bool) -
 
 
 @pytest.mark.parametrize("example_weight", [0.0, 0.3])
-def test_torchs_folding_of_a_model_says_what_comes_first(example_weight: float) -> None:
-    with pytest.raises(TypeError, match=r"BatchRenorm2d.*renorm.to_batchnorm\(model\)"):
-        fold(converted(plain(), example_weight))
+def test_torchs_folding_of_a_model_leaves_our_layers_as_they_are(example_weight: float) -> None:
+    ours = converted(plain(), example_weight)
+    x = images()
+    torch.testing.assert_close(fold(ours)(x), ours(x))
 
 
 def test_torchs_folding_of_listed_modules_refuses_our_layers() -> None:
