@@ -56,7 +56,7 @@ class _EpochBatchSampler(Sampler[list[int]]):
     def _generator(self, *key: int) -> torch.Generator:
         # Hashed, since with seed + epoch the runs of neighbouring seeds would share their epochs.
         digest = blake2b(repr((self._seed, *key)).encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest))
+        return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 class RandomBatchSampler(_EpochBatchSampler):
