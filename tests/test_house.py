@@ -19,6 +19,10 @@ TREES = {
 OPS = "src/renorm/ops/"
 CALL_OPERATIONS = tuple(OPS + name for name in ("kernels.py", "backends.py"))
 MIRROR_OPERATIONS = OPS + "schema.py"  # whose parameters are torch's flat lists
+MAKE_TENSORS = {
+    "arange", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint",
+    "randn", "randperm", "tensor", "zeros",
+}  # fmt: skip
 MOST_PARAMETERS = 6
 MOST_FILES = 100
 
@@ -42,6 +46,23 @@ def test_no_function_takes_more_than_six_positional_parameters() -> None:
         if _positional_parameters(function) > MOST_PARAMETERS and not file.startswith(MIRROR_OPERATIONS)
     ]
     assert not too_many
+
+
+def test_the_library_says_where_its_tensors_are() -> None:
+    """Else they are on the caller's default device, which is for tensors of the caller's own."""
+    calls = [
+        (f"{file}:{node.lineno} {ast.unparse(node.func)}", {keyword.arg for keyword in node.keywords})
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if file.startswith("src/") and isinstance(node, ast.Call) and _makes_a_tensor(node.func)
+    ]
+    assert calls
+    assert not [place for place, named in calls if "device" not in named]
+
+
+def _makes_a_tensor(function: ast.expr) -> bool:
+    module, _, name = ast.unparse(function).rpartition(".")
+    return module == "torch" and name in MAKE_TENSORS
 
 
 def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:

@@ -83,7 +83,8 @@ def comparison_table(comparisons: Iterable[Comparison]) -> TextTable:
     rows = [
         [
             found.claim.text, f"{found.folder.name}: {found.place}", _theirs(found.claim),
-            points(found.difference.mean), _interval(found), str(found.difference.seeds), found.verdict.value, _size(found),
+            points(found.difference.mean), _interval(found), str(found.difference.seeds), found.verdict.value,
+            _size(found),
         ]
         for tests in _by_claim(comparisons).values()
         for found in tests
