@@ -22,8 +22,7 @@ if [ ! -e "$venv/.with-$torch" ]; then
     fi
     install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
     if command -v uv > /dev/null; then install=(uv pip install --quiet --python "$venv/bin/python"); fi
-    mapfile -t tools < <(grep -E '^(hypothesis|pytest|pytest-xdist|timm)==' constraints.txt)
-    "${install[@]}" "torch==$torch.*" torchvision numpy "${tools[@]}"
+    "${install[@]}" "torch==$torch.*" torchvision timm numpy hypothesis pytest pytest-xdist
     touch "$venv/.with-$torch"
 fi
 "$venv/bin/python" -c 'import platform, torch; print("Python", platform.python_version(), "torch", torch.__version__)'
