@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BASE ?= HEAD
 OUT ?= runs
 
-.PHONY: setup demo test test-slow sanitize lint types docs bench bench-regression gpu gpu-packages clean
+.PHONY: setup demo test test-slow test-oldest sanitize lint types docs bench bench-regression gpu gpu-packages clean
 
 # uv installs, from PATH or else the registry; pip where uv is not to be had, or knows less than pip of where packages are.
 UV = $(shell PATH="$$PATH:$(BIN)"; command -v uv)
@@ -43,6 +43,9 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
+test-oldest: ## the core with the oldest Python and torch, in .venv-oldest; passed over where that Python is not to be had
+	tests/oldest.sh
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,4 +80,4 @@ gpu-packages: setup ## what the machine with the GPU may lack, in a folder to ta
 		pytest pluggy iniconfig hypothesis sortedcontainers timm huggingface-hub safetensors
 
 clean:
-	rm -rf $(VENV) build dist lab/build src/renorm/_kernels.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest build dist lab/build src/renorm/_kernels.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -39,12 +39,16 @@ def kernels() -> dict[str, Any]:
         without_kernels("as they are written in vector extensions of GCC and Clang that MSVC lacks")
         return {}
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        import torch
     except ImportError:
         without_kernels(
             "as torch is not in the build environment (pip install --no-build-isolation finds an installed one)"
         )
         return {}
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        without_kernels(f"as they need torch 2.10 or newer, and the build environment has {torch.__version__}")
+        return {}
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class OptionalBuild(BuildExtension):
         """A build whose failure leaves a library that works."""
@@ -78,7 +82,7 @@ def kernels() -> dict[str, Any]:
     return {
         "ext_modules": [extension],
         "cmdclass": {"build_ext": OptionalBuild, "bdist_wheel": Wheel},
-        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 

@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from settings import Setting
 
@@ -66,7 +66,7 @@ class Version:
             raise RuntimeError(f"{self.name}: the process that measures it has ended with {self._process.wait()}")
         return json.loads(line)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Version:
         return self
 
     def __exit__(

@@ -37,7 +37,7 @@ bool past_cache(const Tensor& x) { return x.numel() * int64_t(x.element_size()) 
 
 renorm::Parallel torch_threads() {
   return {[](int64_t begin, int64_t end, int64_t grain, renorm::Parallel::Task task, void* context) {
-            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, task, context));
+            TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, task, context));
           },
           torch::stable::get_num_threads()};
 }
@@ -150,8 +150,8 @@ auto with_element(ScalarType type, F&& body) {
 // Through the shim, since the stable functions look their operation up by name, which takes longer than a small layer.
 Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t rank, ScalarType type) {
   AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes, strides, static_cast<int32_t>(type),
-                                                         aoti_torch_device_type_cpu(), 0, &tensor));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes, strides, static_cast<int32_t>(type),
+                                                  aoti_torch_device_type_cpu(), 0, &tensor));
   return Tensor(tensor);
 }
 

@@ -324,12 +324,21 @@ def test_hooks_that_are_no_checkpoint_change_nothing() -> None:
         assert_same(trained(tower), expected)
 
 
+def _torch_moves_twice() -> bool:
+    block = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh())
+    compiled = torch.compile(lambda x: checkpoint(block, x, use_reentrant=False), backend="aot_eager")
+    compiled(torch.randn(6, 5, requires_grad=True)).sum().backward()
+    return int(block[1].num_batches_tracked) == 2
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.parametrize("accumulates", [False, True], ids=["ordinary", "accumulating"])
 def test_a_checkpoint_inside_of_compiled_code(accumulates: bool) -> None:
     """The compiler recomputes by itself, from statistics that have moved unless the step accumulates."""
+    if not accumulates and _torch_moves_twice():
+        pytest.skip("this torch moves nn.BatchNorm's statistics twice too")
     tower = Tower(limits=LIMITS)
     plain = copy.deepcopy(tower)
     tower.run = partial(checkpoint, use_reentrant=False)

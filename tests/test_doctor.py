@@ -133,6 +133,7 @@ def test_turned_off_it_works_and_says_so() -> None:
     assert found.stderr == ""
 
 
+@pytest.mark.skipif(not backends.has_stable_abi(), reason="this torch is too old for kernels")
 def test_a_package_without_kernels_works_and_says_how_to_build_them(copied: Path) -> None:
     found = run("doctor", PYTHONPATH=str(copied.parent), RENORM_CPU="")
     assert found.returncode == 0, found.stdout + found.stderr
@@ -140,6 +141,24 @@ def test_a_package_without_kernels_works_and_says_how_to_build_them(copied: Path
     assert "pip install --no-build-isolation" in found.stdout
 
 
+@pytest.mark.parametrize("is_built", [True, False], ids=["built", "not built"])
+def test_a_torch_that_is_too_old_for_the_kernels_is_named(
+    is_built: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    library = tmp_path / "_kernels.abi3.so"
+    library.write_bytes(b"not loaded")
+    monkeypatch.setattr(backends, "library_files", lambda: [library] if is_built else [])
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    monkeypatch.delenv("RENORM_CPU", raising=False)
+    assert not backends._load_cpu_kernels()  # and no warning, since the installation is as it should be
+    found = module.cpu_backend()
+    assert found.works
+    assert found.reason == "the C++ kernels need torch 2.10 or newer, and this is 2.9.1+cpu"
+    assert "pip install --upgrade torch" in found.remedy
+    assert ("--no-build-isolation" in found.remedy) == (not is_built)
+
+
+@pytest.mark.skipif(not backends.has_stable_abi(), reason="this torch is too old for kernels")
 def test_a_broken_extension_is_a_failure_with_its_reason(copied: Path) -> None:
     (copied / "_kernels.abi3.so").write_bytes(b"not a library")
     found = run("doctor", PYTHONPATH=str(copied.parent), RENORM_CPU="", PYTHONWARNINGS="ignore")

@@ -19,6 +19,10 @@ TREES = {
 OPS = "src/renorm/ops/"
 CALL_OPERATIONS = tuple(OPS + name for name in ("kernels.py", "backends.py"))
 MIRROR_OPERATIONS = OPS + "schema.py"  # whose parameters are torch's flat lists
+MAKE_TENSORS = {
+    "arange", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint",
+    "randn", "randperm", "tensor", "zeros",
+}  # fmt: skip
 MOST_PARAMETERS = 6
 MOST_FILES = 100
 
@@ -44,6 +48,23 @@ def test_no_function_takes_more_than_six_positional_parameters() -> None:
     assert not too_many
 
 
+def test_the_library_says_where_its_tensors_are() -> None:
+    """Else they are on the caller's default device, which is for tensors of the caller's own."""
+    calls = [
+        (f"{file}:{node.lineno} {ast.unparse(node.func)}", {keyword.arg for keyword in node.keywords})
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if file.startswith("src/") and isinstance(node, ast.Call) and _makes_a_tensor(node.func)
+    ]
+    assert calls
+    assert not [place for place, named in calls if "device" not in named]
+
+
+def _makes_a_tensor(function: ast.expr) -> bool:
+    module, _, name = ast.unparse(function).rpartition(".")
+    return module == "torch" and name in MAKE_TENSORS
+
+
 def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
     """Functions and methods, but for constructors, Triton's kernels and what torch calls with lists of its own."""
     for node in ast.iter_child_nodes(tree):
@@ -66,7 +87,9 @@ def test_the_library_has_few_files() -> None:
     assert sum(file.startswith("src/") for file in TREES) <= MOST_FILES
 
 
-@pytest.mark.parametrize("script", ["Makefile", "benchmarks/gpu.sh", ".github/workflows/tests.yml", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["Makefile", "benchmarks/gpu.sh", "tests/oldest.sh", ".github/workflows/tests.yml", ".ci/run"]
+)
 def test_scripts_name_files_that_are_there(script: str) -> None:
     named = re.findall(r"(?:tests|benchmarks|lab)/[\w/.-]+\w", (ROOT / script).read_text(encoding="utf-8"))
     assert not [path for path in named if not (ROOT / path).exists() and path != "lab/build"]  # which clean removes

@@ -87,6 +87,10 @@ def cpu_backend() -> Backend:
     if wanted == "off":
         return Backend("torch's own operations", "RENORM_CPU=off asks for them", "unset RENORM_CPU for the C++ kernels")
     library = next(iter(backends.library_files()), None)
+    if not backends.has_stable_abi():
+        then = "" if library else f"; then, with a C++17 compiler and in the source tree: {_BUILD}"
+        reason = f"the C++ kernels need torch 2.10 or newer, and this is {torch.__version__}"
+        return Backend("torch's own operations", reason, f"for the C++ kernels: pip install --upgrade torch{then}")
     if library is None:
         remedy = f"build the C++ kernels, with a C++17 compiler and in the source tree: {_BUILD}"
         return Backend("torch's own operations", "the C++ kernels were not built", remedy)

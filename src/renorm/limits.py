@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -70,7 +69,7 @@ class Limits:
                 raise ValueError(f"{name} must not come before start={self.start}, got {end}")
 
     @classmethod
-    def constant(cls, r_max: float = 3.0, d_max: float = 5.0) -> Self:
+    def constant(cls, r_max: float = 3.0, d_max: float = 5.0) -> Limits:
         """The same limits at every step, from the first: for models that are already trained.
 
         Args:
@@ -87,7 +86,7 @@ class Limits:
         return cls(r_max, d_max, start=0, r_end=0, d_end=0)
 
     @classmethod
-    def over(cls, total_steps: int, r_max: float = 3.0, d_max: float = 5.0) -> Self:
+    def over(cls, total_steps: int, r_max: float = 3.0, d_max: float = 5.0) -> Limits:
         """The paper's ramps in proportion to a training of another length.
 
         Args:

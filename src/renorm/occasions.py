@@ -123,12 +123,17 @@ def innermost_accumulation(blocks: Blocks) -> Accumulation | None:
     Returns:
         None if updates are made at once.
     """
-    return next((block for block in reversed(blocks) if isinstance(block, Accumulation)), None)
+    for block in reversed(blocks):  # not next(), which the compiler of torch 2.8 cannot follow
+        if isinstance(block, Accumulation):
+            return block
+    return None
 
 
 def _in_blocks(state: RunningState, blocks: Blocks) -> Occasion:
-    frozen = next((block for block in reversed(blocks) if isinstance(block, Frozen)), None)
-    return Occasion(state, "batch" if frozen is None else frozen.statistics, moves=frozen is None)
+    for block in reversed(blocks):
+        if isinstance(block, Frozen):
+            return Occasion(state, block.statistics, moves=False)
+    return Occasion(state, "batch", moves=True)
 
 
 def _recorded(layer: Hashable, occasion: Occasion, sees_state: bool) -> Occasion | None:

@@ -117,7 +117,7 @@ def _frames_of_hooks() -> Iterator[Any]:
 
 def _is_checkpoint(pack: Any) -> bool:
     code = getattr(pack, "__code__", None)
-    return code is not None and code.co_qualname.startswith("_checkpoint_hook.") and code.co_freevars == ("frame",)
+    return code is not None and pack.__qualname__.startswith("_checkpoint_hook.") and code.co_freevars == ("frame",)
 
 
 def _stack() -> Iterator[FrameType]:
@@ -138,6 +138,7 @@ def _context(frame: FrameType, method: str) -> Any:
 
 def _frame_of_unpacking(frame: FrameType) -> Any:
     code = frame.f_code
-    if code.co_name != "unpack_hook" or not code.co_qualname.startswith("_checkpoint_hook."):
+    if code.co_name != "unpack_hook" or "frame" not in code.co_freevars:
         return None
-    return frame.f_locals["frame"]
+    owner = frame.f_locals["frame"]
+    return owner if type(owner).__name__ == "_CheckpointFrame" else None

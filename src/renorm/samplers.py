@@ -56,7 +56,7 @@ class _EpochBatchSampler(Sampler[list[int]]):
     def _generator(self, *key: int) -> torch.Generator:
         # Hashed, since with seed + epoch the runs of neighbouring seeds would share their epochs.
         digest = blake2b(repr((self._seed, *key)).encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest))
+        return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
 
 
 class RandomBatchSampler(_EpochBatchSampler):
@@ -84,7 +84,7 @@ class RandomBatchSampler(_EpochBatchSampler):
         self._num_examples = num_examples
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[int]]:
-        permutation = torch.randperm(self._num_examples, generator=self._generator(epoch))
+        permutation = torch.randperm(self._num_examples, generator=self._generator(epoch), device="cpu")
         for first in range(start * self.batch_size, self.examples_per_epoch, self.batch_size):
             yield permutation[first : first + self.batch_size].tolist()
 
@@ -155,12 +155,13 @@ class ClassBatchSampler(_EpochBatchSampler):
         if self._order == "class":
             return examples.tolist()
         groups = examples.view(-1, self._num_groups).T  # dealt like cards: one example to every group in turn
-        return torch.cat([group[torch.randperm(len(group), generator=generator)] for group in groups]).tolist()
+        mixed = [group[torch.randperm(len(group), generator=generator, device="cpu")] for group in groups]
+        return torch.cat(mixed).tolist()
 
     def _draw_classes(self, generator: torch.Generator) -> list[int]:
         classes = len(self._examples_of_class)
         if self._replacement:
-            return torch.randint(classes, (self._classes_per_batch,), generator=generator).tolist()
+            return torch.randint(classes, (self._classes_per_batch,), generator=generator, device="cpu").tolist()
         return _sample(classes, self._classes_per_batch, generator)
 
 
@@ -205,7 +206,8 @@ def _sample(population: int, size: int, generator: torch.Generator) -> list[int]
     # Fisher-Yates that stores only what it moved: a permutation of a whole class would take milliseconds.
     moved: dict[int, int] = {}
     drawn = []
-    for step, uniform in enumerate(torch.rand(size, generator=generator, dtype=torch.float64).tolist(), start=1):
+    uniforms = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
+    for step, uniform in enumerate(uniforms.tolist(), start=1):
         last = population - step
         pick = int(uniform * (last + 1))
         drawn.append(moved.get(pick, pick))
@@ -216,7 +218,7 @@ def _sample(population: int, size: int, generator: torch.Generator) -> list[int]
 def _examples_of_class(labels: Collection[int] | Tensor, examples_per_class: int) -> tuple[Tensor, ...]:
     try:
         # Arrays are copied, since PyTorch warns when it shares the memory of a read-only one.
-        tensor = labels.cpu() if isinstance(labels, Tensor) else torch.tensor(labels)
+        tensor = labels.cpu() if isinstance(labels, Tensor) else torch.tensor(labels, device="cpu")
         torch.iinfo(tensor.dtype)  # raises unless these are integers
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"labels must be integers of shape (N,), got {labels!r:.80}") from error

@@ -125,10 +125,10 @@ def _run(case: _Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What the layer gives, and what it should."""
     (shape, channels_last), grouping = _LAYOUTS[case.layout], _GROUPINGS[case.grouping]
     dtype, device = case.dtype, case.device
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator("cpu").manual_seed(0)
 
     def numbers(*size: int) -> Tensor:
-        return torch.randn(size, generator=random, dtype=torch.float64)
+        return torch.randn(size, generator=random, dtype=torch.float64, device="cpu")
 
     channels = shape[1]
     limits = Limits.constant(r_max=1.3, d_max=0.4) if case.corrected else None
@@ -144,7 +144,7 @@ def _run(case: _Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     positions = shape[0], *shape[2:]
-    mask = (torch.arange(math.prod(positions)) % 5 > 0).view(positions) if case.masked else None
+    mask = (torch.arange(math.prod(positions), device="cpu") % 5 > 0).view(positions) if case.masked else None
     expected = _expected(layer, x, dy, mask, grouping)
     y = layer(x.requires_grad_(), None if mask is None else mask.to(device))
     dx, dweight, dbias = torch.autograd.grad(y, [x, *layer.parameters()], dy)

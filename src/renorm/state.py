@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -273,7 +273,7 @@ class State(_BatchNorm):
         moments = batches[0] if len(batches) == 1 else _as_groups_of_one(batches, state)
         track(state, moments, Rule(self.tracking, self._momentum), Settings(self.grouping, self._eps))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> State:
         self._settle_count()
         before = {name: self._buffers[name] for name in _STATISTICS}
         counted = self._buffers["num_batches_skipped"]

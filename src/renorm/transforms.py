@@ -1,10 +1,14 @@
-"""Who looks at operations from outside: the compiler, tracing, torch.func's transforms, forward-mode AD."""
+"""Who looks at operations from outside: the compiler, tracing, torch.func's transforms, forward-mode AD, modes."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def is_transformed() -> bool:
@@ -18,6 +22,17 @@ def is_transformed() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._is_tracing()
     )
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Make plain tensors, which outlast what surrounds the call: inference mode, fake tensors, the caller's modes.
+
+    Yields:
+        Nothing.
+    """
+    with torch.inference_mode(False), _disable_current_modes():
+        yield
 
 
 @torch.library.custom_op("renorm::snapshot", mutates_args=())

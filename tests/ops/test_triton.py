@@ -22,6 +22,9 @@ from renorm.ops.tracking import Rule
 pytest.importorskip("triton")
 from renorm.ops.triton import launch, tiles
 
+# Of the interpreter of Triton 3.4.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 GROUPINGS = {"batch": (None, 1), "ghost": (2, 1), "batch-group": (2, 2), "group": (1, 2), "layer": (1, 4)}

@@ -26,9 +26,9 @@ def copy_source(target: Path) -> Path:
     return shutil.copytree(ROOT, target, ignore=left_behind)
 
 
-def hide_torch(folder: Path) -> dict[str, str]:
-    """Environment variables of a build that finds no torch, as an isolated one does."""
-    (folder / "torch.py").write_text("raise ImportError('hidden')\n")
+def put_in_place_of_torch(folder: Path, code: str = "raise ImportError('hidden')\n") -> dict[str, str]:
+    """Environment variables of a build that finds another torch; by default none, as an isolated one does."""
+    (folder / "torch.py").write_text(code)
     return {"PYTHONPATH": str(folder)}
 
 

@@ -1,4 +1,4 @@
-"""Building where there is no torch or no compiler leaves a library that works."""
+"""Building where there is no torch, none that is new enough, or no compiler leaves a library that works."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ from zipfile import ZipFile
 
 import pytest
 
-from .building import build, copy_source, hide_torch
+from .building import build, copy_source, put_in_place_of_torch
 
 
-@pytest.mark.parametrize("lacking", ["torch", "a compiler"])
+@pytest.mark.parametrize("lacking", ["torch", "a newer torch", "a compiler"])
 def test_building_goes_on_without_kernels_and_says_so_in_a_line(lacking: str, tmp_path: Path) -> None:
-    without = {"torch": hide_torch(tmp_path), "a compiler": {"CXX": "false", "CC": "false"}}
-    reason = {"torch": "torch is not in the build environment", "a compiler": "they could not be built"}
+    without = {
+        "torch": lambda: put_in_place_of_torch(tmp_path),
+        "a newer torch": lambda: put_in_place_of_torch(tmp_path, "__version__ = '2.9.1+cpu'\n"),
+        "a compiler": lambda: {"CXX": "false", "CC": "false"},
+    }
+    reason = {
+        "torch": "torch is not in the build environment",
+        "a newer torch": "they need torch 2.10 or newer, and the build environment has 2.9.1+cpu",
+        "a compiler": "they could not be built",
+    }
     source = copy_source(tmp_path / "source")
-    printed = build(source, tmp_path / "dist", "--wheel", **without[lacking])
+    printed = build(source, tmp_path / "dist", "--wheel", **without[lacking]())
     lines = {line for line in printed.splitlines() if line.startswith("renorm: ")}
     assert len(lines) == 1
     assert reason[lacking] in lines.pop()

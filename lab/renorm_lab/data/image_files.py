@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -38,7 +38,7 @@ class ImageFiles:
         """N, C, H and W, as of a tensor."""
         return len(self), 3, self.size, self.size
 
-    def subset(self, indices: Sequence[int]) -> Self:
+    def subset(self, indices: Sequence[int]) -> ImageFiles:
         """Some of the images.
 
         Args:

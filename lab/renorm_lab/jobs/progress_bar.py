@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -40,7 +39,7 @@ class RunProgress:
         self._total = self._progress.add_task("", total=sum(run.steps for run in runs))
         self._lines = [self._progress.add_task("", total=run.steps, visible=False) for run in runs]
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> RunProgress:
         self._progress.start()
         return self
 

@@ -12,7 +12,8 @@ from ..recipe import Recipe
 def _found() -> Iterator[type[Recipe]]:
     for file in iter_modules(__path__, f"{__name__}."):
         for value in vars(import_module(file.name)).values():
-            if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == file.name:
+            # In this order, since to Python 3.10 list[int] is a type, but no class.
+            if isinstance(value, type) and value.__module__ == file.name and issubclass(value, Recipe):
                 yield value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from enum import StrEnum
+from enum import Enum
 from itertools import product
 from pathlib import PurePath
 
@@ -20,7 +20,7 @@ _PAPER_LIMITS = 3.0, 5.0  # r_max, d_max of all that the papers say of batch ren
 LEVEL = 1.0  # points by which two accuracies that are called level may differ
 
 
-class Verdict(StrEnum):
+class Verdict(Enum):
     """What results say about a claim."""
 
     CONFIRMED = "confirmed"

@@ -83,7 +83,8 @@ def comparison_table(comparisons: Iterable[Comparison]) -> TextTable:
     rows = [
         [
             found.claim.text, f"{found.folder.name}: {found.place}", _theirs(found.claim),
-            points(found.difference.mean), _interval(found), str(found.difference.seeds), found.verdict, _size(found),
+            points(found.difference.mean), _interval(found), str(found.difference.seeds), found.verdict.value,
+            _size(found),
         ]
         for tests in _by_claim(comparisons).values()
         for found in tests
@@ -194,7 +195,7 @@ def disagreements(comparisons: Iterable[Comparison], pairs: Iterable[Beside]) ->
     differences = [
         f"{found.claim.text} ({found.claim.source}, {_theirs(found.claim)}): here {points(found.difference.mean)} "
         f"(interval {_interval(found)}, seeds: {found.difference.seeds}) in {found.folder.name}, {found.place}: "
-        f"{found.verdict}; {_size(found)}"
+        f"{found.verdict.value}; {_size(found)}"
         for found in comparisons
         if _on_the_other_side(found) or (not found.elsewhere and _outside(found))
     ]
@@ -227,7 +228,7 @@ def _phrases(tests: Sequence[Comparison]) -> Iterator[str]:
                 where.append(f"{found.place} ({points(found.difference.mean)})")
         if folders:
             places = ", ".join(f"{folder} {', '.join(where)}" for folder, where in folders.items())
-            yield f"{verdict}: {places}"
+            yield f"{verdict.value}: {places}"
 
 
 def _theirs(claim: Claim) -> str:

@@ -6,7 +6,7 @@ import importlib
 import sys
 from importlib.util import find_spec
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -55,7 +55,7 @@ class Log:
         self._every = max(1, run.steps // _POINTS)
         self._monitor = None if self._logger is None else monitor(model, self._every)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Log:
         return self
 
     def __exit__(

@@ -131,7 +131,7 @@ def _translate(
     result["running_mean"] = values["running_mean"]
     std = values.get("running_std")
     result["running_var"] = values["running_var"] if std is None else _variance(std, found["running_std"], name, layer)
-    own = layer.num_batches_tracked if steps is None else torch.tensor(steps)
+    own = layer.num_batches_tracked if steps is None else torch.tensor(steps, device="cpu")
     result["num_batches_tracked"] = values.get("num_batches_tracked", own).detach().clone().reshape(()).long()
     return result
 
@@ -194,7 +194,7 @@ def _tensor(value: Any, key: str) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach()
     try:
-        return torch.tensor(value)
+        return torch.tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"state must have tensors or arrays alone, got {type(value).__name__} for {key!r}: hand over the state "

@@ -248,7 +248,7 @@ class _OfExamples:
         if not by_batch:
             scores = torch.cat(self._scores)
             return bootstrap(scores, torch.ones_like(scores))
-        sizes = torch.tensor([len(scores) for scores in self._scores], dtype=torch.float64)
+        sizes = torch.tensor([len(scores) for scores in self._scores], dtype=torch.float64, device="cpu")
         return bootstrap(torch.stack([scores.sum() for scores in self._scores]), sizes)
 
 
@@ -271,12 +271,13 @@ class _OfMetric:
         outputs, targets = _joined(self._outputs), _joined(self._targets)
         if isinstance(self._metric, nn.Module) and isinstance(outputs, Tensor):
             self._metric.to(outputs.device)
-        batches = torch.arange(len(outputs)).split(sizes)
+        batches = torch.arange(len(outputs), device="cpu").split(sizes)
         replicates = []
         for drawn in _resamples(len(sizes) if by_batch else len(outputs), _METRIC_RESAMPLES):
             chosen = torch.cat([batches[i] for i in drawn.tolist()]) if by_batch else drawn
             replicates.append(self._of(_taken(outputs, chosen), _taken(targets, chosen)))
-        return Evaluation(self._of(outputs, targets), torch.tensor(replicates, dtype=torch.float64), len(outputs))
+        scores = torch.tensor(replicates, dtype=torch.float64, device="cpu")
+        return Evaluation(self._of(outputs, targets), scores, len(outputs))
 
     def _of(self, outputs: Any, targets: Any) -> float:
         self._metric.reset()
@@ -303,9 +304,9 @@ def _check_examples(number: int) -> None:
 
 def _resamples(number: int, resamples: int) -> Iterator[Tensor]:
     """Indices, (number,), one resample after the other: all at once would be a thousand times the examples."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for _ in range(resamples):
-        yield torch.randint(number, (number,), generator=generator)
+        yield torch.randint(number, (number,), generator=generator, device="cpu")
 
 
 def _joined(batches: Sequence[Any]) -> Any:
@@ -321,5 +322,6 @@ def _taken(examples: Any, chosen: Tensor) -> Any:
 
 
 def _interval(score: float, replicates: Tensor) -> Interval:
-    low, high = torch.nanquantile(replicates, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    at = torch.tensor([0.025, 0.975], dtype=torch.float64, device=replicates.device)
+    low, high = torch.nanquantile(replicates, at).tolist()
     return Interval(score, low, high)

@@ -168,7 +168,7 @@ def _mixed(batches: list[Any]) -> list[Any]:
         if first.ndim == 0 or any(batch.shape[1:] != first.shape[1:] for batch in batches):
             return []
         sizes = [len(batch) for batch in batches]
-        order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(sum(sizes), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         return list(torch.cat(batches)[order.to(first.device)].split(sizes))
     names = list(first) if isinstance(first, Mapping) else range(len(first)) if isinstance(first, (tuple, list)) else []
     if any(not isinstance(batch[name], Tensor) for batch in batches for name in names):

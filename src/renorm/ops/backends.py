@@ -24,7 +24,7 @@ _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 def _load_cpu_kernels() -> bool:
     """Load the C++ library, unless RENORM_CPU=off; other values of it hold it to an older instruction set."""
-    if os.environ.get("RENORM_CPU") == "off":
+    if os.environ.get("RENORM_CPU") == "off" or not has_stable_abi():
         return False
     for path in library_files():
         try:
@@ -38,6 +38,12 @@ def _load_cpu_kernels() -> bool:
             return False
         return True
     return False
+
+
+def has_stable_abi() -> bool:
+    """Whether this torch has what the C++ kernels are built for, its stable ABI as of 2.10."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 10)
 
 
 def _has_triton() -> bool:

@@ -165,4 +165,4 @@ def checked(inputs: Inputs, settings: Settings, running: Running | RunningState 
     check_input(x, running_mean=mean, running_var=var, weight=weight, bias=bias)
     check_residual(residual, x)
     require_activation(settings.act)
-    return inputs if mask is None else inputs._replace(mask=check_mask(mask, x))
+    return inputs if mask is None else Inputs(x, weight, bias, check_mask(mask, x), residual)

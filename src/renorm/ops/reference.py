@@ -88,8 +88,8 @@ DEFINITION = Implementation(forward, backward)
 
 
 def _of(run: Run, inputs: Inputs) -> Inputs:
-    mask = None if inputs.mask is None else inputs.mask[run.examples]
-    return inputs._replace(x=inputs.x[run.examples], mask=mask)
+    x, weight, bias, mask, residual = inputs
+    return Inputs(x[run.examples], weight, bias, None if mask is None else mask[run.examples], residual)
 
 
 def _of_groups(run: Run, correction: Target | Correction | None) -> Target | Correction | None:
@@ -117,7 +117,8 @@ def _forward(inputs: Inputs, settings: Settings, correction: Target | Correction
     y = apply(centered, scale, shift, weight, bias)
     if view_mask is not None:
         y = y.where(view_mask, 0)
-    return Normalized(_merged(y, x.shape).to(x.dtype), channel, correction)
+    y = _merged(y, x.shape)
+    return Normalized(y if y.dtype == x.dtype else y.to(x.dtype), channel, correction)
 
 
 def _backward(

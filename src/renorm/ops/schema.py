@@ -16,6 +16,7 @@ from torch import Tensor
 from ..activation import Activation
 from ..grouping import Grouping
 from ..moments import Moments
+from ..transforms import unwatched
 from .problem import Correction, Inputs, Running, RunningState, Settings, Target
 from .tracking import Rule
 
@@ -261,6 +262,7 @@ def _as_tensor(limit: float | Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@unwatched()
 def _constant(value: float) -> Tensor:
     # All layers have the same limits at a step, and a tensor costs more than finding it.
     return torch.tensor(value, dtype=torch.float64, device="cpu")

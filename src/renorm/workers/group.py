@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -28,7 +28,7 @@ class Workers:
     def __init__(self, group: Any | None = None) -> None:
         self.group = group
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Workers:
         return self
 
     def __reduce__(self) -> tuple[type[Workers], tuple[str | None]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..moments import Moments
 from ..ops.tracking import Tracking, rule_of
+from ..transforms import unwatched
 
 
 class Summed(NamedTuple):
@@ -134,16 +135,17 @@ def _merged_row(layer: Summed, batches: Sequence[Moments], device: torch.device)
 
 
 @lru_cache(maxsize=32)
+@unwatched()
 def _places(layers: tuple[Summed, ...], device: torch.device) -> _Places:
-    widths = torch.tensor([layer.num_features for layer in layers])
+    widths = torch.tensor([layer.num_features for layer in layers], device="cpu")
     rules = [rule_of(layer.tracking) for layer in layers]
 
     def spread(values: list[float] | list[bool]) -> Tensor:
         dtype = torch.float64 if isinstance(values[0], float) else torch.bool
-        return torch.tensor(values, dtype=dtype).repeat_interleave(widths).to(device)
+        return torch.tensor(values, dtype=dtype, device="cpu").repeat_interleave(widths).to(device)
 
     return _Places(
-        torch.arange(len(layers)).repeat_interleave(widths).to(device),
+        torch.arange(len(layers), device="cpu").repeat_interleave(widths).to(device),
         spread([layer.eps for layer in layers]),
         spread([rule.averages_sigma for rule in rules]),
         spread([rule.is_unbiased for rule in rules]),

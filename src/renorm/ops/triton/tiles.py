@@ -154,8 +154,8 @@ def group_bounds(g, N, per_group, G):
 def tile_at(
     t, begin, examples, c, C, S, CHANNELS_LAST: tl.constexpr, E: tl.constexpr, RUN: tl.constexpr
 ):  # fmt: skip
-    """Elements of tile t of a group, for the channels c (BC,): their offsets (E, BC), those in the mask (E, 1), and
-    which exist (E, BC)."""
+    """Elements of tile t of a group for the channels c (BC,), each (E, BC): their offsets, those in the mask, and which
+    exist."""
     e = tl.arange(0, E)
     if CHANNELS_LAST:
         row = t * E + e
@@ -170,4 +170,5 @@ def tile_at(
         n = (begin + n).to(tl.int64)
         at_mask = n * S + s
         offsets = (n[:, None] * C + c[None, :]) * S + s[:, None]
-    return offsets, at_mask[:, None], exists[:, None] & (c < C)[None, :]
+    exists = exists[:, None] & (c < C)[None, :]
+    return offsets, tl.broadcast_to(at_mask[:, None], exists.shape), exists  # Triton 3.4 wants addresses for all

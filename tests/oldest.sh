@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The core with the oldest Python and torch that pyproject.toml admits, in an environment of its own and without kernels.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${OLDEST_VENV:-.venv-oldest}
+python=$(sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
+torch=$(sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
+PATH=$PATH:$PWD/.venv/bin # where make puts uv
+
+make_environment() {
+    for found in "python$python" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$python".*/bin/python; do
+        # what stands for it on PATH may not run
+        "$found" -m venv --clear "$venv" 2> /dev/null && return
+    done
+    uv venv --quiet --clear --seed --python "$python" "$venv" 2> /dev/null
+}
+
+if [ ! -e "$venv/.with-$torch" ]; then
+    if ! make_environment; then
+        echo "test-oldest: NOT TESTED, as there is no Python $python: neither on PATH, nor by pyenv or uv" >&2
+        exit 0
+    fi
+    install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+    if command -v uv > /dev/null; then install=(uv pip install --quiet --python "$venv/bin/python"); fi
+    "${install[@]}" "torch==$torch.*" torchvision timm numpy hypothesis pytest pytest-xdist
+    touch "$venv/.with-$torch"
+fi
+"$venv/bin/python" -c 'import platform, torch; print("Python", platform.python_version(), "torch", torch.__version__)'
+PYTHONPATH=src RENORM_CPU=off "$venv/bin/python" -m pytest -q -n 2 --dist loadgroup -m "not slow" \
+    tests/test_norm.py tests/test_state.py
