@@ -65,7 +65,7 @@ def refuse_substitution(layer: Any, caller: FrameType) -> None:
         RuntimeError: a known kind of tool does, and something would be lost.
     """
     code, kind = caller.f_code, type(layer).__name__
-    function, reads = code.co_qualname, {*code.co_names}
+    function, reads = getattr(code, "co_qualname", code.co_name), {*code.co_names}  # Python 3.10 has no qualified one
     if caller.f_globals.get("__name__", "").startswith("renorm."):
         return
     if _SYNCHRONIZE.search(code.co_name):
