@@ -58,6 +58,16 @@ def test_other_readers_are_let(name: str) -> None:
     assert reader(name)(renorm.BatchRenorm2d(4, **WEIGHED)) == 1e-5
 
 
+def test_a_subclass_computes_by_its_own_attributes() -> None:
+    class Own(renorm.BatchGroupNorm1d):
+        def forward(self, input: torch.Tensor, *_: Any) -> torch.Tensor:
+            scale = self.weight / (self.running_var + self.eps).sqrt()
+            return (input - self.running_mean) * scale
+
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(Own(4, 2)(x), x, rtol=1e-4, atol=1e-4)
+
+
 def test_eps_can_be_set() -> None:
     layer = renorm.BatchNorm1d(3)
     layer.eps = 0.5

@@ -79,12 +79,12 @@ def refuse_substitution(layer: Any, caller: FrameType) -> None:
             f"{function} would replace {kind} by a frozen batch norm, and that by nn.BatchNorm, without its settings: "
             'set layer.frozen = "running" instead'
         )
-    if reads >= _REPLACES and loses:
+    if reads >= _REPLACES and loses and caller.f_locals.get("self") is not layer:
         raise RuntimeError(
             f"{function} would replace {kind} by another batch norm without its settings: call it before "
             "renorm.convert, or after renorm.to_batchnorm(model), which says what is lost"
         )
-    if reads >= _FOLDS:
+    if reads >= _FOLDS and caller.f_locals.get("self") is not layer:  # a subclass may compute by what is its own
         reason = obstacle(layer)
         if layer.channels_per_group > 1:
             reason = "channels share their statistics; renorm.to_batchnorm(model) gives each its own"
