@@ -182,7 +182,8 @@ def test_how_sure_names_the_nearest_setting_and_one_s_own():
     assert "2 examples that share statistics, 800 steps (yours: 2 and 7,000)" in advice.sure
     assert "not for certain" in recommend(batch_size=8, total_steps=7_000, pretrained=True).sure
     assert "the best was batch norm;" in recommend(batch_size=64, total_steps=7_000).sure
-    assert "it was not ahead of batch norm" in recommend(batch_size=64, total_steps=7_000, dependent=True).sure
+    assert "it was ahead of batch norm for certain" in recommend(batch_size=64, total_steps=7_000, dependent=True).sure
+    assert "it was not ahead of batch norm" in recommend(batch_size=1, total_steps=7_000, task="segmentation").sure
 
 
 def test_what_it_costs_is_told():

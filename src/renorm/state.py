@@ -28,7 +28,7 @@ from .workers.sums import Summed
 Sync = Literal["running", "batch"]
 _serials = count()
 _STATISTICS = ("running_mean", "running_var")
-_AT_REST = Frozen("batch")
+_MOVES_NOTHING = Frozen("batch")
 
 
 class State(_BatchNorm):
@@ -105,14 +105,15 @@ class State(_BatchNorm):
             >>> layer.num_batches_tracked
             tensor(0)
         """
-        return next((block.statistics for block in self.blocks if isinstance(block, Frozen) and block.lasts), None)
+        return next((block.statistics for block in _lasting(self.blocks)), None)
 
     @frozen.setter
     def frozen(self, statistics: Statistics | None) -> None:
         if statistics not in (None, *get_args(Statistics)):
             raise ValueError(f"frozen must be None, 'running' or 'batch', got {statistics!r}")
-        others = tuple(block for block in self.blocks if not (isinstance(block, Frozen) and block.lasts))
-        self.blocks = others if statistics is None else (Frozen(statistics, lasts=True), *others)
+        before = _lasting(self.blocks)
+        now = () if statistics is None else (Frozen(statistics, lasts=True),)
+        self.blocks = (*now, *(block for block in self.blocks if block not in before))
 
     @property
     def has_statistics(self) -> bool:
@@ -133,7 +134,7 @@ class State(_BatchNorm):
         """The blocks that the layer is in, and what its attributes come to: a momentum of 0 moves nothing."""
         if self.track_running_stats and self._momentum != 0:
             return self.blocks
-        return (_AT_REST, *self.blocks)
+        return (_MOVES_NOTHING, *self.blocks)
 
     def _register(self, device: torch.device | str | None, dtype: torch.dtype | None, bias: bool) -> None:
         def parameter(wanted: bool) -> nn.Parameter | None:
@@ -325,8 +326,7 @@ class State(_BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies are outside of the blocks, which would never end for them.
-        lasting = tuple(block for block in self.blocks if isinstance(block, Frozen) and block.lasts)
-        return self.__dict__ | {"blocks": lasting}
+        return self.__dict__ | {"blocks": _lasting(self.blocks)}
 
     def __setattr__(self, name: str, value: Any) -> None:
         # What a tool makes of a count on the meta device is memory that nobody has written to.
@@ -339,6 +339,10 @@ class State(_BatchNorm):
                 f"renorm.to_batchnorm(model) before, got {value}"
             )
         super().__setattr__(name, value)
+
+
+def _lasting(blocks: Blocks) -> tuple[Frozen, ...]:
+    return tuple(block for block in blocks if isinstance(block, Frozen) and block.lasts)
 
 
 def _as_groups_of_one(batches: Sequence[Moments], state: RunningState) -> Moments:

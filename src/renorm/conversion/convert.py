@@ -101,15 +101,8 @@ def convert(
           1: fused with relu
     """
     if isinstance(to, Mapping):
-        own = {
-            "where": where is not None,
-            "steps": steps != "keep",
-            "fuse": fuse,
-            "policies": policies,
-            "frozen": frozen,
-        }
-        given = own | dict.fromkeys(options, True)
-        refuse_options(name for name, is_given in given.items() if is_given)
+        own = {"where": where, "steps": steps != "keep", "policies": policies, "frozen": frozen, "fuse": fuse}
+        refuse_options([name for name, given in own.items() if given] + list(options))
         return _follow(model, to, report)
     _check_arguments(model, to, steps, options)
     selected, policies = selector(where), policies or {}

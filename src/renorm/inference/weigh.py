@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from inspect import signature
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -96,33 +97,23 @@ def weigh(
         raise
 
 
-def rehearse(
-    model: nn.Module,
-    loader: Iterable[Any],
-    metric: str | ExampleScore | Metric = "accuracy",
-    *,
-    per: Per = "model",
-    higher_is_better: bool | None = None,
-    forward: ModelCall = forward,
-    show_progress: bool = True,
-) -> None:
+def rehearse(model: nn.Module, loader: Iterable[Any], **options: Any) -> None:
     """Do to the first batch what `weigh` does to all of them, as far as that changes nothing.
 
     Args:
         model: evaluated; modes, layers and statistics are as they were at the end.
-        loader: as of `weigh`, as are the other arguments.
-        metric: of `weigh`.
-        per: of `weigh`.
-        higher_is_better: of `weigh`.
-        forward: of `weigh`.
-        show_progress: of `weigh`; no bar is shown here.
+        loader: as of `weigh`.
+        **options: of `weigh`; no bar is shown here.
 
     Raises:
         Exception: whatever `weigh` would end with.
     """
-    judge = _checked(loader, metric, per, higher_is_better)
+    call = signature(weigh).bind(model, loader, **options)
+    call.apply_defaults()
+    given = call.arguments
+    judge = _checked(loader, given["metric"], given["per"], given["higher_is_better"])
     tracking_layers(model)
-    _Passes(model, islice(loader, 1), forward, judge, lambda done: None).evaluate()
+    _Passes(model, islice(loader, 1), given["forward"], judge, lambda done: None).evaluate()
 
 
 def _checked(loader: Iterable[Any], metric: str | ExampleScore | Metric, per: Per, higher: bool | None) -> Judge:
