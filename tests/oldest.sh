@@ -27,4 +27,7 @@ if [ ! -e "$venv/.with-$torch" ]; then
 fi
 "$venv/bin/python" -c 'import platform, torch; print("Python", platform.python_version(), "torch", torch.__version__)'
 PYTHONPATH=src RENORM_CPU=off "$venv/bin/python" -m pytest -q -n 2 --dist loadgroup -m "not slow" \
-    tests/test_norm.py tests/test_state.py
+    tests/conversion tests/fusion/test_fused.py tests/inference/test_estimate.py tests/ops/test_aten.py \
+    tests/ops/test_backends.py tests/ops/test_tracking.py tests/test_blocks.py tests/test_checkpointing.py \
+    tests/test_compile.py tests/test_devices.py tests/test_functional.py tests/test_masks.py tests/test_norm.py \
+    tests/test_samplers.py tests/test_skipping.py tests/test_state.py tests/test_training.py tests/test_transforms.py
