@@ -22,7 +22,10 @@ if [ ! -e "$venv/.with-$torch" ]; then
     fi
     install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
     if command -v uv > /dev/null; then install=(uv pip install --quiet --python "$venv/bin/python"); fi
-    "${install[@]}" "torch==$torch.*" torchvision timm numpy hypothesis pytest pytest-xdist
+    if ! "${install[@]}" "torch==$torch.*" torchvision timm numpy hypothesis pytest pytest-xdist; then
+        echo "test-oldest: NOT TESTED, as torch $torch could not be installed" >&2
+        exit 0
+    fi
     touch "$venv/.with-$torch"
 fi
 "$venv/bin/python" -c 'import platform, torch; print("Python", platform.python_version(), "torch", torch.__version__)'
