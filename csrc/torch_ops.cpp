@@ -265,6 +265,10 @@ Tensor evaluate(const Tensor& x, const Optional& weight, const Optional& bias, c
   });
 }
 
+void check_counter(const char* name, const Tensor& counter) {
+  STD_TORCH_CHECK(counter.scalar_type() == ScalarType::Long, name, " must be int64");
+}
+
 template <class A>
 void track_as(const Tensor& running_mean, const Tensor& running_var, const Tensor& steps, const Tensor& skipped,
               const Tensor& mean, const Tensor& var, const Tensor& count, const std::string& tracking, double momentum,
@@ -274,6 +278,8 @@ void track_as(const Tensor& running_mean, const Tensor& running_var, const Tenso
   const Numbers<A> counts("count", count, groups);
   check_elements("running_mean", running_mean, channels);
   check_elements("running_var", running_var, channels);
+  check_counter("steps", steps);
+  check_counter("skipped", skipped);
   renorm::track<A>(
       {mutable_data_of<A>(running_mean), mutable_data_of<A>(running_var), mutable_data_of<int64_t>(steps),
        mutable_data_of<int64_t>(skipped)},

@@ -122,6 +122,16 @@ def test_a_layer_constructed_with_the_cumulative_average_corrects() -> None:
     assert not torch.allclose(layer(x), renorm.BatchNorm1d(3)(x))
 
 
+@pytest.mark.parametrize("passing", [0.0, 1.0], ids=["as SAM", "as precise batch norm"])
+def test_a_momentum_set_back_to_what_it_was_made_with_ends_the_estimate(passing: float) -> None:
+    layer = renorm.BatchRenorm1d(3, momentum=None, limits=renorm.Limits.constant())
+    x = torch.randn(8, 3) + 4
+    layer(x)
+    layer.momentum = passing
+    layer.momentum = None
+    assert not torch.allclose(layer(5 * x), renorm.BatchNorm1d(3)(5 * x), atol=1e-2)
+
+
 class TestFrozen:
     @pytest.mark.parametrize("statistics", ["running", "batch"])
     def test_it_outlasts_train_copies_and_pickling(self, statistics: Any) -> None:

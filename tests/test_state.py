@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -167,6 +168,45 @@ def test_averaged_models_keep_their_statistics() -> None:
     averaged.update_parameters(model)
     assert averaged.module[0].num_batches_tracked == 1
     assert torch.equal(averaged.module[0].running_mean, model[0].running_mean)
+
+
+def _to_float(model: nn.Module) -> nn.Module:
+    return model.type(torch.FloatTensor)
+
+
+def _loaded_as_an_average(model: nn.Module) -> nn.Module:
+    model.load_state_dict({name: (value + value) / 2 for name, value in model.state_dict().items()}, assign=True)
+    return model
+
+
+def _averaged_in_place(model: nn.Module) -> nn.Module:
+    for buffer in model.buffers():
+        buffer.data = buffer.data * 0.9 + buffer.data * 0.1
+    return model
+
+
+@pytest.mark.parametrize("change", [_to_float, _loaded_as_an_average, _averaged_in_place])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_steps_are_counted_in_whatever_dtype_others_leave_them(
+    change: Callable[[nn.Module], nn.Module], momentum: float | None
+) -> None:
+    x = torch.randn(8, 4) + 3
+    limits = renorm.Limits(start=0, r_end=300, d_end=300)
+    model, expected = (nn.Sequential(renorm.BatchRenorm1d(4, momentum=momentum, limits=limits)) for _ in range(2))
+    for each in (model, expected):
+        for _ in range(100):
+            each(x)
+    change(model)
+    for _ in range(3):
+        torch.testing.assert_close(model(x), expected(x))
+    assert int(model[0].num_batches_tracked.round()) == 103  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(model[0].running_mean, expected[0].running_mean)
+
+
+@pytest.mark.parametrize("change", [_to_float, _loaded_as_an_average])
+def test_steps_stay_integers_where_a_layer_has_its_say(change: Callable[[nn.Module], nn.Module]) -> None:
+    layer = change(nn.Sequential(renorm.BatchRenorm1d(4)))[0]
+    assert layer.num_batches_tracked.dtype == layer.num_batches_skipped.dtype == torch.int64
 
 
 def test_the_counter_of_skipped_batches_is_not_saved() -> None:

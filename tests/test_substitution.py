@@ -68,6 +68,59 @@ def test_a_subclass_computes_by_its_own_attributes() -> None:
     torch.testing.assert_close(Own(4, 2)(x), x, rtol=1e-4, atol=1e-4)
 
 
+LOSES = renorm.BatchRenorm2d(4), renorm.BatchNorm2d(4, example_weight=0.3), renorm.GhostBatchNorm2d(4, 2)
+
+
+def as_nni(bn: Any) -> nn.Module:
+    return nn.BatchNorm2d(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats)
+
+
+def as_maskrcnn(bn: Any) -> nn.Module:
+    return nn.BatchNorm2d(bn.num_features, eps=bn.eps)
+
+
+def as_clone(bn: Any) -> nn.Module:
+    clone: nn.Module = type(bn)(8, eps=bn.eps, momentum=bn.momentum)
+    return clone
+
+
+@pytest.mark.parametrize("layer", LOSES, ids=repr)
+@pytest.mark.parametrize("replace", [as_nni, as_maskrcnn, as_clone])
+def test_replacing_is_told_by_few_attributes(replace: Callable[[Any], nn.Module], layer: Any) -> None:
+    with pytest.raises(RuntimeError, match=f"{replace.__name__} would replace"):
+        replace(layer)
+    if replace is not as_clone:
+        replace(renorm.BatchNorm2d(4))
+
+
+def test_numbers_handed_to_torchs_function_are_refused_where_it_does_something_else() -> None:
+    def forward(bn: Any, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.batch_norm(
+            x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, bn.momentum, bn.eps
+        )
+
+    x = torch.randn(8, 4, 3, 3)
+    with pytest.raises(RuntimeError, match="calls torch's batch_norm with the numbers of BatchRenorm2d"):
+        forward(renorm.BatchRenorm2d(4), x)
+    torch.testing.assert_close(forward(renorm.BatchNorm2d(4), x), nn.BatchNorm2d(4)(x))
+
+
+@pytest.mark.parametrize("patched", [nn.modules.batchnorm._BatchNorm, nn.BatchNorm2d])
+def test_a_replaced_forward_of_torchs_is_not_passed_over_in_silence(
+    patched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = renorm.BatchRenorm2d(4), torch.randn(2, 4, 3, 3)
+    before = patched.forward
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = before(self, input)
+        return output + 1
+
+    monkeypatch.setattr(patched, "forward", forward)
+    with pytest.warns(UserWarning, match=r"forward was replaced, and BatchRenorm2d does not call it"):
+        layer.eval()(x)
+
+
 def test_eps_can_be_set() -> None:
     layer = renorm.BatchNorm1d(3)
     layer.eps = 0.5

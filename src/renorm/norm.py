@@ -20,6 +20,7 @@ from .ops.dispatch import evaluate, normalize, target_of, train
 from .ops.problem import Inputs, Running, Settings, Target
 from .ops.tracking import Rule, Tracking, rule_of
 from .state import State, Sync
+from .substitution import warn_of_patches
 from .workers.batch import normalize_over_workers
 from .workers.group import Workers
 
@@ -189,6 +190,8 @@ class Norm(State):
             raise ValueError(
                 f"x must have num_features={self.num_features} channels in dimension 1, got shape {tuple(x.shape)}"
             )
+        if not torch.compiler.is_compiling():
+            warn_of_patches(self)
 
     def _normalize(self, inputs: Inputs, act: Activation | None) -> Tensor:
         if not self.training and self.has_statistics:

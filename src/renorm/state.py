@@ -28,6 +28,7 @@ from .workers.sums import Summed
 Sync = Literal["running", "batch"]
 _serials = count()
 _STATISTICS = ("running_mean", "running_var")
+_COUNTERS = ("num_batches_tracked", "num_batches_skipped")
 _MOVES_NOTHING = Frozen("batch")
 
 
@@ -75,16 +76,16 @@ class State(_BatchNorm):
         """Weight of a new batch in the running statistics; None for the cumulative average.
 
         0 leaves the statistics and the step as they are. To set a layer's momentum to None or 1 is how tools take
-        statistics anew (torch's update_bn, precise batch norm): the correction rests until it is another number again.
-        A layer constructed with None corrects by its cumulative average.
+        statistics anew (torch's update_bn, precise batch norm): the correction rests until it is another number again,
+        or what the layer was constructed with. One constructed with None corrects by its cumulative average.
         """
         return self._momentum
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
-        before = self.__dict__.get("_momentum", value)
-        if value != before:
-            self.estimates = value is None or value == 1
+        constructed_with = self.__dict__.setdefault("_constructed_momentum", value)
+        if value != self.__dict__.get("_momentum", value):
+            self.estimates = value != constructed_with and (value is None or value == 1)
         self._momentum = value
 
     @property
@@ -277,6 +278,7 @@ class State(_BatchNorm):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> State:
         self._settle_count()
         before = {name: self._buffers[name] for name in _STATISTICS}
+        counters = {name: self._buffers[name] for name in _COUNTERS}
         counted = self._buffers["num_batches_skipped"]
         super()._apply(fn, recurse)
         if counted is not None and counted.is_meta and not self.num_batches_skipped.is_meta:
@@ -285,6 +287,10 @@ class State(_BatchNorm):
             after = self._buffers[name]
             if statistic is not None and after is not None and after.dtype.itemsize < torch.float32.itemsize:
                 self._buffers[name] = statistic.to(after.device, torch.float32)
+        for name, counter in counters.items():
+            after = self._buffers[name]
+            if counter is not None and after is not None and after.dtype != counter.dtype:  # model.type(...)
+                self._buffers[name] = counter.to(after.device)
         return self
 
     def _load_from_state_dict(
@@ -294,6 +300,9 @@ class State(_BatchNorm):
             loaded = state_dict.get(prefix + name)
             if loaded is not None:  # load_state_dict(assign=True) would take over half precision
                 state_dict[prefix + name] = loaded.to(accumulation_dtype(loaded.dtype))
+        steps = state_dict.get(prefix + "num_batches_tracked")
+        if steps is not None:  # or an average of checkpoints, whose steps are no integer
+            state_dict[prefix + "num_batches_tracked"] = steps.to(torch.int64)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._settle_count()
 
@@ -318,6 +327,17 @@ class State(_BatchNorm):
         """
         refuse_single_examples(self, sys._getframe(1))
         return super().register_full_backward_hook(hook, prepend)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Asked by torch.jit.script for what to compile in the layer's place.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            f"torch.jit.script does not take {type(self).__name__}: torch.jit.trace does, or script "
+            "renorm.to_batchnorm(model), which says what is lost"
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

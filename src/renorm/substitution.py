@@ -1,22 +1,31 @@
 """Tools that put another layer in a layer's place read its attributes, and lose what these do not say.
 
-They cannot be told otherwise than by what they read. All of them need eps; so whoever reads it is looked at.
+They cannot be told otherwise than by what they read. Nearly all of them need eps; so whoever reads it is looked at.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from types import FrameType
 from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # Functions of torch, apex, timm, detectron2, mmcv and those who copy them.
 _SYNCHRONIZE = re.compile(r"(convert|revert)\w*sync")
 _FREEZE = re.compile(r"freeze\w*(bn|norm)|convert\w*frozen")
-# What a function reads in order to make another batch norm, or to make a layer's scale and shift by itself.
-_REPLACES = {
-    "num_features", "eps", "momentum", "affine", "track_running_stats", "running_var", "num_batches_tracked",
-}  # fmt: skip
-_FOLDS = {"eps", "running_var", "weight"}
+# What a function names in order to make another batch norm; to call torch's with a layer's numbers; and to make the
+# layer's scale and shift by itself.
+_REPLACES = ({"num_features", "eps"}, {"type", "eps", "momentum"}, {"__class__", "eps", "momentum"})
+_CALLS_TORCHS = ({"batch_norm", "running_mean", "running_var", "momentum", "eps"},)
+_FOLDS = ({"eps", "running_var", "weight"},)
+_A_CLASS = re.compile("Norm|BN|cls")  # in the name of what takes the layer's place
+
+# Classes of torch whose forward a patch may replace, and what it was when renorm was imported.
+_TORCHS = (_BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_TORCHS_FORWARD = _BatchNorm.forward
 
 
 def obstacle(layer: Any) -> str:
@@ -79,17 +88,46 @@ def refuse_substitution(layer: Any, caller: FrameType) -> None:
             f"{function} would replace {kind} by a frozen batch norm, and that by nn.BatchNorm, without its settings: "
             'set layer.frozen = "running" instead'
         )
-    if reads >= _REPLACES and loses and caller.f_locals.get("self") is not layer:
+    if caller.f_locals.get("self") is layer:  # a subclass may compute by what is its own
+        return
+    if loses and _names_all(reads, _CALLS_TORCHS):
+        raise RuntimeError(
+            f"{function} calls torch's batch_norm with the numbers of {kind}, which leaves out its settings: call the "
+            "layer itself, layer(x), or take renorm.to_batchnorm(model), which says what is lost"
+        )
+    folds = _names_all(reads, _FOLDS) and not any(_A_CLASS.search(name) for name in (*reads, *code.co_freevars))
+    if loses and _names_all(reads, _REPLACES) and not folds:
         raise RuntimeError(
             f"{function} would replace {kind} by another batch norm without its settings: call it before "
             "renorm.convert, or after renorm.to_batchnorm(model), which says what is lost"
         )
-    if reads >= _FOLDS and caller.f_locals.get("self") is not layer:  # a subclass may compute by what is its own
+    if _names_all(reads, _FOLDS):
         reason = obstacle(layer)
         if layer.channels_per_group > 1:
             reason = "channels share their statistics; renorm.to_batchnorm(model) gives each its own"
         if reason:
             raise RuntimeError(f"{function} takes {kind} for a scale and a shift by its running statistics: {reason}")
+
+
+def _names_all(names: set[str], kinds: tuple[set[str], ...]) -> bool:
+    return any(names >= wanted for wanted in kinds)
+
+
+def warn_of_patches(layer: Any) -> None:
+    """Warn that a replaced forward of nn.BatchNorm is not that of our layers.
+
+    Args:
+        layer: of ours, called.
+    """
+    for torchs in _TORCHS:
+        if torchs.forward is not _TORCHS_FORWARD:
+            kind = type(layer).__name__
+            warnings.warn(
+                f"{torchs.__name__}.forward was replaced, and {kind} does not call it, having a forward of its own: "
+                f"take renorm.to_batchnorm(model), or replace {kind}.forward",
+                stacklevel=5,
+            )
+            return
 
 
 def refuse_single_examples(layer: Any, caller: FrameType) -> None:

@@ -33,6 +33,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "Lightning `StochasticWeightAveraging`": (
         "tools/test_lightning.py::test_averaged_weights_get_their_own_statistics",
     ),
+    "an average by hand": ("test_state.py::test_steps_are_counted_in_whatever_dtype_others_leave_them",),
     "torch `AveragedModel`": ("tools/test_averages.py::test_averages_are_those_of_torch_s_layers",),
     "Lightning `EMAWeightAveraging`": (
         "integrations/test_lightning.py::test_lightning_averages_the_statistics_with_the_weights",
@@ -44,6 +45,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "accelerate `prepare`": ("tools/test_parallel.py::test_accelerate_trains_and_restores_the_same",),
     "accelerate `init_empty_weights`": ("tools/test_fresh.py::test_accelerate_fills_empty_weights_from_safetensors",),
+    "`model.type(torch.FloatTensor)`": ("test_state.py::test_steps_stay_integers_where_a_layer_has_its_say",),
     "torch `to_empty`": (
         "tools/test_fresh.py::test_memory_made_by_to_empty_counts_nothing",
         "tools/test_fresh.py::test_a_state_dict_is_assigned_to_a_layer_without_memory",
@@ -112,6 +114,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         "shipping/test_export.py::test_an_exported_model_computes_the_same_for_every_batch_size",
         "shipping/test_onnx.py::test_a_model_computes_the_same_for_every_batch_size",
     ),
+    "`torch.jit.trace`": ("test_transforms.py::test_training_mode_can_be_traced",),
+    "`torch.jit.script`": ("tools/test_replacing.py::test_torch_script_is_told_to_trace",),
     "`torch.fx.symbolic_trace`": (
         "tools/test_replacing.py::test_torch_fx_sees_one_call_of_each_layer",
         "tools/test_replacing.py::test_torch_fx_keeps_masks_and_residuals",

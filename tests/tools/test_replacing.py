@@ -199,3 +199,13 @@ def test_a_model_is_pickled_whole(tmp_path: Path) -> None:
     torch.save(model, tmp_path / "model.pt")
     x = images()
     torch.testing.assert_close(torch.load(tmp_path / "model.pt", weights_only=False)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_torch_script_is_told_to_trace() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), renorm.BatchRenorm2d(4)).eval()
+    with pytest.raises(RuntimeError, match=r"BatchRenorm2d: torch\.jit\.trace does"):
+        torch.jit.script(model)
+    x = torch.randn(2, 3, 5, 5)
+    expected = model(x)
+    torch.testing.assert_close(torch.jit.script(renorm.to_batchnorm(model))(x), expected)

@@ -75,8 +75,8 @@ def convert(
             rewritten forward; everything else, the state dict too, is as without.
         report: called with the `ConversionReport`; try `report=print`. By default it goes to the log, at INFO.
         **options: options of the target. eps and the kind of parameters and buffers come from the replaced layer,
-            everything else is the target's default unless given; the momentum, where limits have ramps, is at least
-            `limits.momentum`.
+            everything else is the target's default unless given. The momentum stays where there are no limits; where
+            they have ramps, it is at least `limits.momentum`.
 
     Returns:
         The model; a new layer if the model itself was one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import warnings
@@ -137,6 +138,8 @@ def replacement(name: str, old: Any, target: type[Norm], steps: Literal["keep", 
     if not is_frozen(old):
         require_parameters(name, old)
     inherited = _inherited(old, target)
+    if not _is_corrected(target, options) and hasattr(old, "momentum"):
+        inherited["momentum"] = old.momentum
     state = (*old.parameters(recurse=False), *old.buffers(recurse=False))
     try:
         require_options(target, inherited | options)
@@ -158,6 +161,12 @@ def replacement(name: str, old: Any, target: type[Norm], steps: Literal["keep", 
     if steps == 0 and new.num_batches_tracked is not None:
         new.num_batches_tracked = torch.zeros_like(new.num_batches_tracked)
     return new
+
+
+def _is_corrected(target: type[Norm], options: dict[str, Any]) -> bool:
+    """Whether a layer made of these depends on its running statistics in training too, and wants a small momentum."""
+    limits = inspect.signature(target).parameters.get("limits")
+    return options.get("limits", None if limits is None else limits.default) is not None
 
 
 def _inherited(old: Any, target: type[Norm]) -> dict[str, Any]:

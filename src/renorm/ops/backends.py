@@ -161,7 +161,10 @@ def take_evaluation(inputs: Inputs, settings: Settings, example_weight: float) -
 
 
 def _can_move(x: Tensor, state: RunningState) -> bool:
-    """Whether buffers are plain, contiguous tensors on the device of x."""
+    """Whether buffers are plain, contiguous tensors on the device of x, of the dtypes that a layer makes them in."""
+    mean, var, steps, skipped = state
+    if var.dtype != mean.dtype or not steps.dtype == skipped.dtype == torch.int64:
+        return False  # `.data` was set, or functional_call has others: an average's steps are no integer
     device = x.device
     for tensor in state:  # a loop, which takes half as long as all(...)
         if type(tensor) not in _PLAIN or tensor.device != device or not tensor.is_contiguous():
