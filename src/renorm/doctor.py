@@ -110,10 +110,10 @@ def gpu_backend() -> Backend:
     if not torch.cuda.is_available():
         return Backend("none", "torch sees no GPU")
     if backends.available["cuda"]:
-        return Backend(f"Triton kernels on {torch.cuda.get_device_name()}", "Triton is installed")
-    if os.environ.get("RENORM_GPU") == "off":
-        return Backend("torch's own kernels", "RENORM_GPU=off asks for them", "unset RENORM_GPU for the Triton kernels")
-    return Backend("torch's own kernels", "Triton is not installed", "install Triton: pip install triton")
+        return Backend(f"Triton kernels on {torch.cuda.get_device_name()}", "RENORM_GPU=triton asks for them")
+    if os.environ.get("RENORM_GPU") == "triton":
+        return Backend("torch's own kernels", "Triton is not installed", "install Triton: pip install triton")
+    return Backend("torch's own kernels", "no device has run renorm's yet; RENORM_GPU=triton asks for them")
 
 
 def _why(library: Path) -> str:

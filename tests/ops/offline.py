@@ -1,6 +1,7 @@
 """Compiles what the Triton kernels launch for real layers, for GPUs that need not be there; a line of JSON each.
 
-A process of its own: the kernels must not be interpreted.
+A process of its own: the kernels must not be interpreted. Arguments: which layers ("resnet", "inception", "all"), then
+the capabilities of the chips.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
@@ -19,64 +22,101 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from renorm.activation import Activation
 from renorm.grouping import Grouping
+from renorm.limits import Limits
 from renorm.ops.problem import Inputs, Running, RunningState, Settings
 from renorm.ops.schema import Saved
 from renorm.ops.tracking import Rule
-from renorm.ops.triton import backward, forward, launch, settle, tracking
+from renorm.ops.triton import bound, launch
 
-_MODULES = (forward, backward, settle, tracking)
 _TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
     torch.int64: "i64",
 }  # fmt: skip
-_PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_PROCESSORS = 132
+
+
+class Layer(NamedTuple):
+    """A layer's input and options."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    channels_last: bool = True
+    act: Activation | None = None
+    residual: bool = False
+    mask: bool = False
+    grouping: Grouping = Grouping()
 
 
 class Recorder:
-    """Stands in for a kernel, and keeps what it was called with."""
+    """What stands in for a launch: the kernel and what it was given."""
 
     calls: ClassVar[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]] = []
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **options: self.calls.append((self.kernel, args, options))
+    def first(self: Any, *tensors: Tensor | None) -> None:
+        Recorder.calls.append((self._kernel, (*tensors, *self._numbers), self._constants))
 
 
-def layers() -> None:
-    """The launches of layers: large and small, both layouts and precisions, plain, grouped and fused."""
-    for shape in ((128, 256, 56, 56), (32, 512, 7, 7), (4, 80, 73, 73), (64, 1000)):
-        for dtype, channels_last in ((torch.bfloat16, True), (torch.float32, False), (torch.float32, True)):
-            if len(shape) == 2 and channels_last:
-                continue
-            x = torch.empty(shape, dtype=dtype, device="meta")
-            if channels_last:
-                x = x.to(memory_format=torch.channels_last)
-            channels = shape[1]
-            numbers = [torch.empty(channels, device="meta") for _ in range(4)]
-            counters = [torch.empty((), dtype=torch.int64, device="meta") for _ in range(2)]
-            limit = torch.empty((), device="meta")
-            for residual, act, grouping in (
-                (None, None, Grouping()),
-                (x, "relu", Grouping()),
-                (x, "gelu", Grouping(2, channels // 4)),
-            ):
-                weight, bias, mean, var = numbers
-                inputs, settings = Inputs(x, weight, bias, None, residual), Settings(grouping, 1e-5, act)
-                state, rule = RunningState(mean, var, *counters), Rule("std", 0.01)
-                _, count, coefficients = launch.normalize_and_track(inputs, settings, state, (limit, limit), rule)
-                saved = Saved(x, weight, bias, None, None, residual, count, coefficients)
-                launch.normalize_backward(x, saved, grouping, act, residual is not None)
-                launch.evaluate(inputs, settings, Running(mean, var), 0.1)
-                launch.evaluate(inputs, settings, Running(mean, var), 0.0)
+def run(layer: Layer) -> None:
+    """Go through the launches of a layer: a step, its backward, evaluation without and with an example weight."""
+    x = torch.empty(layer.shape, dtype=layer.dtype, device="meta")
+    if layer.channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    channels, wide = layer.shape[1], torch.promote_types(layer.dtype, torch.float32)
+    weight, bias, mean, var = (torch.empty(channels, device="meta", dtype=wide) for _ in range(4))
+    counters = [torch.empty((), dtype=torch.int64, device="meta") for _ in range(2)]
+    mask = torch.empty((layer.shape[0], *layer.shape[2:]), dtype=torch.bool, device="meta") if layer.mask else None
+    residual = x if layer.residual else None
+    inputs, settings = Inputs(x, weight, bias, mask, residual), Settings(layer.grouping, 1e-5, layer.act)
+    state = RunningState(mean, var, *counters)
+    _, count, coefficients = launch.normalize_and_track(inputs, settings, state, Limits(), Rule("std", 0.01))
+    from_y = layer.residual and layer.act in ("relu", "relu6", "leaky_relu")
+    kept_residual = residual if layer.act is not None and not from_y else None
+    saved = Saved(x, weight, None, mask, kept_residual, x if from_y else None, count, coefficients)
+    writes = layer.residual and (layer.act is not None or layer.mask)
+    launch.normalize_backward(x, saved, layer.grouping, layer.act, writes)
+    launch.evaluate(inputs, settings, Running(mean, var), 0.0)
+    launch.evaluate(inputs, settings, Running(mean, var), 0.1)
+
+
+class Loop(NamedTuple):
+    """A loop over data: its instructions, loads and stores of 16 bytes among them, and the same of fewer."""
+
+    instructions: int
+    wide: int
+    narrow: int
+
+
+def loops(cubin: bytes) -> Iterator[Loop]:
+    """The loops of a kernel that load from global memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([_TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    found: list[tuple[str, str]] = []
+    for line in text.splitlines():
+        if label := re.match(r"^\s*(\.L_[\w]+):", line):
+            labels[label[1]] = len(found)
+        elif code := re.match(r"^\s+(?:/\*[0-9a-f]+\*/)?\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\b(.*?);", line):
+            found.append((code[2], line))
+    for i, (name, line) in enumerate(found):
+        target = re.search(r"`\((\.L_\w+)\)", line) if name.startswith("BRA") else None
+        if target is None or labels.get(target[1], i) >= i:
+            continue
+        names = [each for each, _ in found[labels[target[1]] : i + 1]]
+        loads = [each for each in names if each.startswith("LDG")]
+        wide = sum(".128" in each for each in loads)
+        if loads:
+            yield Loop(len(names), wide, len(loads) - wide)
 
 
 def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], capability: int) -> dict[str, Any]:
     """What the assembler says of a kernel, specialized as a launch would specialize it."""
     options = dict(options)
-    warps = options.pop("num_warps", 4)
+    warps, registers = options.pop("num_warps", 4), options.pop("maxnreg", None)
     values = dict(zip(kernel.arg_names, args, strict=False)) | options
     constants: dict[Any, Any] = {}
     signature, attributes = {}, {}
@@ -85,55 +125,75 @@ def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], capabi
         if isinstance(value, Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
-        elif value is None or kernel.params[index].is_constexpr or (isinstance(value, int) and value == 1):
+        elif value is None or kernel.params[index].is_constexpr:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, int):
+            assert kernel.params[index].do_not_specialize, (kernel.__name__, name)
             signature[name] = "i32"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32"
+            signature[name] = kernel.params[index].annotation_type
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "maxnreg": registers})
     with tempfile.TemporaryDirectory() as folder:
         ptx, architecture = Path(folder, "kernel.ptx"), f"sm_{capability}" + ("a" if capability == 90 else "")
         ptx.write_text(built.asm["ptx"])
         run = subprocess.run(
-            [_PTXAS, "-v", f"-arch={architecture}", ptx, "-o", Path(folder, "kernel.o")],
+            [_TOOLS / "ptxas", "-v", f"-arch={architecture}", ptx, "-o", Path(folder, "kernel.o")],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
     registers = int(re.findall(r"Used (\d+) registers", run.stderr)[0])
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", run.stderr)))
+    found = max(loops(built.asm["cubin"]), key=lambda loop: (loop.wide, loop.narrow), default=None)
     return {
         "kernel": kernel.__name__, "sm": capability, "warps": warps, "registers": registers,
-        "shared_bytes": built.metadata.shared, "spilled_bytes": spilled,
+        "shared_bytes": built.metadata.shared, "spilled_bytes": spilled, "loop": found, "signature": signature,
     }  # fmt: skip
 
 
-def specialization(argument: Any) -> str:
-    """What a kernel is compiled anew for."""
-    if isinstance(argument, Tensor):
-        return str(argument.dtype)
-    return type(argument).__name__ + (" / 16" if isinstance(argument, int) and argument % 16 == 0 else "")
+def networks(name: str) -> Iterator[Layer]:
+    """Layers of networks, in training; of "all", shapes and options apart from each other."""
+    if name == "planes":
+        for option in ({}, {"act": "relu"}, {"act": "relu", "residual": True}, {"mask": True}, {"act": "gelu", "residual": True}, {"act": "silu", "mask": True, "residual": True}):
+            yield Layer((64, 96, 35, 35), channels_last=False, **option)
+        return
+    if name == "resnet":  # batch 128, mixed precision: with the activation, with the sum, and where the width changes
+        for channels, size in ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (1024, 14), (512, 7), (2048, 7)):
+            for act, residual in (("relu", False), ("relu", True), (None, False)):
+                yield Layer((128, channels, size, size), act=act, residual=residual)
+        return
+    shapes = ((128, 256, 56, 56), (128, 512, 7, 7), (64, 96, 35, 35), (32, 80, 73, 73), (64, 1000), (64, 64, 4, 4))
+    options: tuple[dict[str, Any], ...] = (
+        {}, {"act": "relu"}, {"act": "relu", "residual": True}, {"mask": True}, {"act": "gelu", "residual": True},
+        {"act": "silu", "mask": True, "residual": True}, {"grouping": Grouping(2, 1)},
+    )  # fmt: skip
+    for shape, dtype, channels_last, option in product(shapes, list(_TYPES)[:4], (True, False), options):
+        if len(shape) == 4 or channels_last:
+            yield Layer(shape, dtype, channels_last, **option)
+    for channels_last in (True, False):
+        yield Layer((64, 96, 35, 35), channels_last=channels_last, act="gelu", grouping=Grouping(2, 24))
+        yield Layer((64, 96, 35, 35), torch.float64, channels_last, grouping=Grouping(None, 96))
 
 
 def main() -> None:
-    for module in _MODULES:
-        for name in ("measure", "apply", "apply_whole", "sum_gradients", "differentiate", "differentiate_whole",
-                     "settle", "settle_backward", "_move"):  # fmt: skip
-            if hasattr(module, name) and hasattr(getattr(module, name), "arg_names"):
-                setattr(module, name, Recorder(getattr(module, name)))
-    launch.processors = lambda device: 132
-    layers()
+    bound.Launch.first = Recorder.first  # type: ignore[method-assign]
+    launch.processors = lambda device: _PROCESSORS
+    name, *capabilities = sys.argv[1:]
+    for layer in networks(name):
+        run(layer)
     seen = set()
     for kernel, args, options in Recorder.calls:
-        types = tuple(map(specialization, args))
+        types = tuple(str(each.dtype) if isinstance(each, Tensor) else type(each).__name__ for each in args)
         key = (kernel.__name__, types, tuple(sorted((name, str(value)) for name, value in options.items())))
         if key in seen:
             continue
         seen.add(key)
-        for capability in map(int, sys.argv[1:]):
-            shape = {name: options[name] for name in ("E", "BC", "RUN", "ACT", "CHANNELS_LAST") if name in options}
+        for capability in map(int, capabilities):
+            shape = {
+                name: str(options[name])
+                for name in ("E", "BC", "RUN", "W", "ACT", "CHANNELS_LAST", "PLANES", "MASKED", "RESIDUAL", "ACC", "WRITES",
+                             "WRITTEN", "DIVISOR")
+                if name in options
+            }  # fmt: skip
             print(json.dumps(compiled(kernel, args, options, capability) | shape), flush=True)
 
 

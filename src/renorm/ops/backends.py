@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..moments import Moments, accumulation_dtype
 from ..transforms import is_transformed
 from . import aten, reference
-from .problem import Implementation, Inputs, RunningState, Settings
+from .problem import CannotLaunch, Implementation, Inputs, RunningState, Settings
 from .schema import implement
 
 _PLAIN = (Tensor, nn.Parameter)  # subclasses bring operations of their own
@@ -46,9 +47,12 @@ def has_stable_abi() -> bool:
     return (int(major), int(minor)) >= (2, 10)
 
 
-def _has_triton() -> bool:
-    """Whether Triton is there, and not RENORM_GPU=off; known from the start, since torch.compile cannot look for it."""
-    return os.environ.get("RENORM_GPU") != "off" and find_spec("triton") is not None
+def _wants_triton() -> bool:
+    """Whether RENORM_GPU=triton asks for the Triton kernels, and it is there; torch.compile cannot look for it later.
+
+    Until a device has run them, torch's own kernels are the default.
+    """
+    return os.environ.get("RENORM_GPU") == "triton" and find_spec("triton") is not None
 
 
 def library_files() -> list[Path]:
@@ -79,11 +83,39 @@ class Kernels(NamedTuple):
 
 
 # By torch's name for the kind of device.
-KERNELS = {"cpu": Kernels(_load_cpu_kernels), "cuda": Kernels(_has_triton, "renorm.ops.triton.launch")}
+KERNELS = {"cpu": Kernels(_load_cpu_kernels), "cuda": Kernels(_wants_triton, "renorm.ops.triton.launch")}
 available = {device: kernels.are_there() for device, kernels in KERNELS.items()}
 for _device, _kernels in KERNELS.items():
     if _kernels.module is not None:
         implement(_device, _kernels.module)
+
+
+def module_of(device: str) -> Any:
+    """Where kernels in Python are, which eager code calls past torch's dispatcher.
+
+    Args:
+        device: torch's name for the kind of device.
+
+    Returns:
+        The module; None where kernels are operations of torch alone.
+    """
+    path = KERNELS[device].module
+    return None if path is None else import_module(path)
+
+
+def give_up(device: str, error: CannotLaunch) -> None:
+    """Go on without the kernels of a kind of device, which do not run here.
+
+    Args:
+        device: torch's name for the kind of device.
+        error: why.
+
+    Warns:
+        UserWarning: what is computed with from now on.
+    """
+    if available[device]:
+        available[device] = False
+        warnings.warn(f"renorm goes by torch's own kernels from now on, since its own do not run here: {error}", stacklevel=4)
 
 
 def take(x: Tensor, residual: Tensor | None = None) -> bool:

@@ -11,7 +11,7 @@ from ..moments import Moments, accumulation_dtype
 from ..transforms import is_transformed, snapshot
 from . import backends, evaluation, kernels, reference
 from .composed import compose, finish
-from .problem import Correction, Inputs, Running, RunningState, Settings, Target, checked
+from .problem import CannotLaunch, Correction, Inputs, Running, RunningState, Settings, Target, checked
 from .tracking import Rule, move
 
 
@@ -41,7 +41,10 @@ def normalize(inputs: Inputs, settings: Settings, correction: Target | Correctio
         return _normalize_nothing(inputs)
     check_groups(inputs.x, settings.grouping, corrected=correction is not None)
     if backends.take(inputs.x, inputs.residual):
-        return kernels.normalize(inputs, settings, correction)
+        try:
+            return kernels.normalize(inputs, settings, correction)
+        except CannotLaunch as error:
+            backends.give_up(inputs.x.device.type, error)
     if is_transformed() and not torch.compiler.is_compiling():
         y, moments, _ = reference.forward(inputs, settings, correction)
         return finish(y, inputs, settings), Moments(*(moment.detach() for moment in moments))
@@ -68,8 +71,10 @@ def train(inputs: Inputs, settings: Settings, state: RunningState, limits: Limit
     if backends.take_step(inputs.x, inputs.residual, state):
         inputs = checked(inputs, settings, state)
         check_groups(inputs.x, settings.grouping, corrected=limits is not None)
-        now = None if limits is None else limits(state.steps, state.mean.dtype)
-        return kernels.step(inputs, settings, state, now, rule)
+        try:
+            return kernels.step(inputs, settings, state, limits, rule)
+        except CannotLaunch as error:
+            backends.give_up(inputs.x.device.type, error)
     y, moments = normalize(inputs, settings, target_of(inputs, state, limits))
     if inputs.x.numel() > 0:
         track(state, moments, rule, settings)
@@ -98,7 +103,10 @@ def evaluate(inputs: Inputs, settings: Settings, running: Running, example_weigh
     check_channels(inputs.x.shape[1], settings.grouping.channels_per_group)
     running = _as_accumulated(inputs.x, running)
     if backends.take_evaluation(inputs, settings, example_weight):
-        return kernels.evaluate(inputs, settings, running, example_weight)
+        try:
+            return kernels.evaluate(inputs, settings, running, example_weight)
+        except CannotLaunch as error:
+            backends.give_up(inputs.x.device.type, error)
     return evaluation.evaluate(inputs, settings, running, example_weight)
 
 
@@ -117,9 +125,12 @@ def track(state: RunningState, moments: Moments, rule: Rule, settings: Settings)
         ValueError: there is no such rule.
     """
     if backends.take_moments(moments, state):
-        kernels.track(state, moments, rule, settings)
-    else:
-        move(state, moments, rule, settings)
+        try:
+            return kernels.track(state, moments, rule, settings)
+        except CannotLaunch as error:
+            backends.give_up(moments.mean.device.type, error)
+    move(state, moments, rule, settings)
+    return None
 
 
 def target_of(inputs: Inputs, state: RunningState, limits: Limits | None) -> Target | None:

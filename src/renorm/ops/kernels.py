@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ..activation import derivative_from_output, is_piecewise_linear
+from ..limits import Limits
 from ..moments import Moments, accumulation_dtype
 from . import reference
+from .backends import give_up, module_of
 from .composed import compose, finish
-from .problem import Correction, Inputs, Running, RunningState, Settings, Target
+from .problem import CannotLaunch, Correction, Inputs, Running, RunningState, Settings, Target
 from .schema import (
     BackwardArguments,
     Coefficients,
@@ -49,14 +51,14 @@ def normalize(inputs: Inputs, settings: Settings, correction: Target | Correctio
     return y, Moments(mean, var, count)
 
 
-def step(inputs: Inputs, settings: Settings, state: RunningState, limits: tuple[Any, Any] | None, rule: Rule) -> Tensor:
+def step(inputs: Inputs, settings: Settings, state: RunningState, limits: Limits | None, rule: Rule) -> Tensor:
     """A layer's training step in eager mode: `normalize`, and the running statistics move, in place.
 
     Args:
         inputs: x not empty, all that the kernels take, the mask (N, *S).
         settings: grouping, eps and activation.
         state: the layer's buffers.
-        limits: r_max and d_max of the correction towards them; None for batch norm.
+        limits: of the correction towards them; None for batch norm.
         rule: by which they move.
 
     Returns:
@@ -69,13 +71,22 @@ def step(inputs: Inputs, settings: Settings, state: RunningState, limits: tuple[
 
 def evaluate(inputs: Inputs, settings: Settings, running: Running, example_weight: float) -> Tensor:
     """Evaluate without gradients; see `dispatch.evaluate`."""
-    y: Tensor = _OPS.evaluate.default(*EvaluateArguments.of(inputs, settings, running, example_weight))
+    module = module_of(inputs.x.device.type)
+    y: Tensor
+    if module is None:
+        y = _OPS.evaluate.default(*EvaluateArguments.of(inputs, settings, running, example_weight))
+    else:
+        y = module.evaluate(inputs, settings, running, example_weight)
     return y
 
 
 def track(state: RunningState, moments: Moments, rule: Rule, settings: Settings) -> None:
     """Move running statistics; see `dispatch.track`."""
-    _OPS.track.default(*TrackArguments.of(state, moments, rule, settings))
+    module = module_of(moments.mean.device.type)
+    if module is None:
+        _OPS.track.default(*TrackArguments.of(state, moments, rule, settings))
+    else:
+        module.track(state, moments, rule, settings)
     torch.autograd.graph.increment_version(state)
 
 
@@ -108,9 +119,19 @@ def _gradients(ctx: Any, dy: Tensor | None) -> _Found:
         return _differentiable_gradients(dy, saved, settings, wanted)
     _, wants_weight, wants_bias, _, wants_residual = wanted
     is_dy = settings.act is None and saved.mask is None  # what the residual gets
-    dx, dweight, dbias, dresidual = _OPS.normalize_backward.default(
-        *BackwardArguments.of(dy, saved, settings, wants_residual and not is_dy)
-    )
+    writes = wants_residual and not is_dy
+    module = None if torch.compiler.is_compiling() else module_of(saved.x.device.type)
+    if module is None:
+        arguments = BackwardArguments.of(dy, saved, settings, writes)
+        dx, dweight, dbias, dresidual = _OPS.normalize_backward.default(*arguments)
+    else:
+        try:
+            found = module.normalize_backward(dy, saved, settings.grouping, settings.act, writes)
+        except CannotLaunch as error:
+            give_up(saved.x.device.type, error)
+            with torch.enable_grad():
+                return _differentiable_gradients(dy, saved, settings, wanted)
+        dx, dweight, dbias, dresidual = found
     return (
         dx,
         dweight if wants_weight else None,
@@ -157,9 +178,12 @@ class _ByKernels(torch.autograd.Function):
         settings: Settings,
         correction: Target | Correction | None,
     ) -> tuple[Tensor, ...]:
-        inputs = Inputs(x, weight, bias, mask, residual)
-        arguments = NormalizeArguments.of(inputs, settings, correction)
-        output: tuple[Tensor, ...] = _OPS.normalize_eager.default(*arguments)
+        inputs, module = Inputs(x, weight, bias, mask, residual), module_of(x.device.type)
+        output: tuple[Tensor, ...]
+        if module is None:
+            output = _OPS.normalize_eager.default(*NormalizeArguments.of(inputs, settings, correction))
+        else:
+            output = module.normalize(inputs, settings, correction)
         y, *statistics = output
         ctx.mark_non_differentiable(*statistics)
         _save(ctx, inputs, settings, y, *statistics[2:])
@@ -182,12 +206,16 @@ class _StepByKernels(torch.autograd.Function):
         residual: Tensor | None,
         settings: Settings,
         state: RunningState,
-        limits: tuple[Any, Any] | None,
+        limits: Limits | None,
         rule: Rule,
     ) -> Any:
-        inputs = Inputs(x, weight, bias, mask, residual)
-        arguments = StepArguments.of(inputs, settings, state, limits, rule)
-        y, count, coefficients = _OPS.normalize_and_track.default(*arguments)
+        inputs, module = Inputs(x, weight, bias, mask, residual), module_of(x.device.type)
+        if module is None:
+            now = None if limits is None else limits(state.steps, state.mean.dtype)
+            arguments = StepArguments.of(inputs, settings, state, now, rule)
+            y, count, coefficients = _OPS.normalize_and_track.default(*arguments)
+        else:
+            y, count, coefficients = module.normalize_and_track(inputs, settings, state, limits, rule)
         _save(ctx, inputs, settings, y, count, coefficients)
         return y
 

@@ -145,6 +145,10 @@ class Implementation(NamedTuple):
     backward: Callable[[Tensor, Inputs, Settings, Moments, Correction | None], Gradients]
 
 
+class CannotLaunch(RuntimeError):
+    """Kernels that are there do not compile or run: no compiler, a dtype or chip that they do not know."""
+
+
 def checked(inputs: Inputs, settings: Settings, running: Running | RunningState | Target | None = None) -> Inputs:
     """Refuse what cannot be normalized together.
 

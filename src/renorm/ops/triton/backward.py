@@ -1,4 +1,8 @@
-"""Gradients of normalization on a GPU: one kernel where a program can hold a channel of a group, else two."""
+"""Gradients of normalization on a GPU, in three kernels: sums, settle (in `settle`), differences; or one for all.
+
+As forwards, the last takes the rows in the reverse order. Where the residual wants its gradient, the first writes it,
+which is the gradient before the activation, and the last reads it in place of all that it was made of.
+"""
 
 from __future__ import annotations
 
@@ -6,187 +10,229 @@ import triton
 import triton.language as tl
 
 from .activation import backpropagate
-from .settle import sums_of_splits
-from .tiles import block_and_group, group_bounds, tile_at
+from .moments import add_segments
+from .settle import slopes_of
+from .tiles import block_and_group, columns_of, counted_at, group_bounds, rows_of, tile_at, whole_tile
 
 
 @triton.jit
-def _gradient(dy, x, mask, residual, y, offsets, at_mask, exists, center, scale, offset, RESIDUAL: tl.constexpr,
-              FROM_Y: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """A tile's gradient before the activation, its x - center, both 0 where nothing counts, and what counts."""
-    counted = exists
-    if MASKED:
-        counted = exists & (tl.load(mask + at_mask, mask=exists, other=0) != 0)
-    gradient = tl.load(dy + offsets, mask=exists, other=0.0).to(ACC)
-    centered = tl.load(x + offsets, mask=exists, other=0.0).to(ACC) - center[None, :]
+def _gradient(gradient, centered, residual, y, offsets, there, scale, offset, RESIDUAL: tl.constexpr,
+              FROM_Y: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """The gradient before the activation; scale and offset have the tile's dimensions."""
     if ACT != 0:
         if FROM_Y:
-            z = tl.load(y + offsets, mask=exists, other=0.0).to(ACC)
+            z = tl.load(y + offsets, mask=there, other=0.0).to(ACC)
         else:
-            z = centered * scale[None, :] + offset[None, :]
+            z = centered * scale + offset
             if RESIDUAL:
-                z += tl.load(residual + offsets, mask=exists, other=0.0).to(ACC)
+                z += tl.load(residual + offsets, mask=there, other=0.0).to(ACC)
         gradient = backpropagate(gradient, z, ACT)
-    return tl.where(counted, gradient, 0.0), tl.where(counted, centered, 0.0), counted
+    return gradient
 
 
 @triton.jit
-def _load_coefficients(coefficients, at, row, exists):
-    center = tl.load(coefficients + at, mask=exists, other=0.0)
-    scale = tl.load(coefficients + row + at, mask=exists, other=0.0)
-    return center, scale, tl.load(coefficients + 2 * row + at, mask=exists, other=0.0)
+def _load_gradient(
+    dy, x, mask, residual, y, first, rows, column, channel, exists, center, scale, offset, K, S, CHUNK: tl.constexpr,
+    E: tl.constexpr, PLANES: tl.constexpr, MASKED: tl.constexpr, RESIDUAL: tl.constexpr, FROM_Y: tl.constexpr,
+    ACT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A chunk's gradient before the activation and x - center, both 0 where nothing counts; offsets, what there is."""
+    inside, there = tile_at(column, exists, rows, K, CHUNK, E)
+    offsets = first * K.to(tl.int64) + inside
+    gradient = tl.load(dy + offsets, mask=there, other=0.0).to(ACC)
+    centered = tl.load(x + offsets, mask=there, other=0.0).to(ACC) - center[None, None, :]
+    gradient = _gradient(
+        gradient, centered, residual, y, offsets, there, scale[None, None, :], offset[None, None, :], RESIDUAL, FROM_Y,
+        ACT, ACC,
+    )  # fmt: skip
+    counted = there
+    if MASKED:
+        counted = counted_at(mask, first, column, channel, S, there, PLANES, CHUNK, E)
+    if MASKED or CHUNK == 1:  # of the others only columns may not exist, which nobody looks at
+        gradient, centered = tl.where(counted, gradient, 0.0), tl.where(counted, centered, 0.0)
+    return gradient, centered, offsets, there, counted
 
 
 @triton.jit
+def _load_row(coefficients, row, at, exists):
+    return tl.load(coefficients + row + at, mask=exists, other=0.0)
+
+
+@triton.jit(do_not_specialize=["units", "N", "S", "per_group", "G", "blocks", "share", "spans"])
 def sum_gradients(
-    dy, x, mask, residual, y, coefficients, measured, N, C, S, per_group, G, tiles, splits,
-    RESIDUAL: tl.constexpr, FROM_Y: tl.constexpr, ACT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, E: tl.constexpr, BC: tl.constexpr, RUN: tl.constexpr, MASKED: tl.constexpr,
+    dy, x, mask, residual, y, coefficients, summed, dresidual, units, N, S, per_group, G, blocks, share, spans,
+    WRITES: tl.constexpr, RESIDUAL: tl.constexpr, FROM_Y: tl.constexpr, ACT: tl.constexpr,
+    DIVISOR: tl.constexpr, PLANES: tl.constexpr, E: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the tiles of a program: of g, of x - center, of their product; (3, G, splits, C)."""
+    """Sums over the rows of a program: of g, of x - center, of their product; into a slot of each channel."""
+    K = units * DIVISOR
     split = tl.program_id(1)
-    block, g = block_and_group(C, BC)
-    begin, examples = group_bounds(g, N, per_group, G)
-    c = block * BC + tl.arange(0, BC)
-    center, scale, offset = _load_coefficients(coefficients, g * C + c, G * C, c < C)
-    share = tl.cdiv(tiles, splits)
-    first = split * share
-    gradients = tl.zeros((E, BC), ACC)
-    centereds = tl.zeros((E, BC), ACC)
-    products = tl.zeros((E, BC), ACC)
-    for t in range(first, tl.minimum(first + share, tiles)):
-        offsets, at_mask, exists = tile_at(t, begin, examples, c, C, S, CHANNELS_LAST, E, RUN)
-        gradient, centered, _ = _gradient(
-            dy,
-            x,
-            mask,
-            residual,
-            y,
-            offsets,
-            at_mask,
-            exists,
-            center,
-            scale,
-            offset,
-            RESIDUAL,
-            FROM_Y,
-            ACT,
-            MASKED,
-            ACC,
-        )
-        gradients += gradient
-        centereds += centered
-        products += gradient * centered
-    at, row = measured + (g * splits + split) * C + c, G * splits * C
-    tl.store(at, tl.sum(gradients, 0), mask=c < C)
-    tl.store(at + row, tl.sum(centereds, 0), mask=c < C)
-    tl.store(at + 2 * row, tl.sum(products, 0), mask=c < C)
+    block, g = block_and_group(blocks)
+    above, first, rows = rows_of(g, split, N, S, per_group, G, share, PLANES)
+    column, channel, exists = columns_of(block, K, S, PLANES, W)
+    C = K // S if PLANES else K
+    at, row = g * C + channel, G * C
+    center = _load_row(coefficients, 0, at, exists)
+    scale, offset = center, center
+    if ACT != 0 and not FROM_Y:
+        scale, offset = _load_row(coefficients, row, at, exists), _load_row(coefficients, 2 * row, at, exists)
+    CHUNK: tl.constexpr = 1 if MASKED or RESIDUAL or FROM_Y else 2  # what the registers hold
+    gradients, centereds, products = tl.zeros((E, W), ACC), tl.zeros((E, W), ACC), tl.zeros((E, W), ACC)
+    full = rows // (CHUNK * E)
+    for i in range(0, full):
+        gradient, centered, offsets, there, counted = _load_gradient(
+            dy, x, mask, residual, y, first + i * (CHUNK * E), CHUNK * E, column, channel, exists, center, scale,
+            offset, K, S, CHUNK, E, PLANES, MASKED, RESIDUAL, FROM_Y, ACT, ACC,
+        )  # fmt: skip
+        if WRITES:
+            stored = gradient.to(dresidual.dtype.element_ty)
+            tl.store(dresidual + offsets, stored, mask=there)
+            gradient = stored.to(ACC)  # which is what the last kernel reads
+        gradients += tl.sum(gradient, 0)
+        centereds += tl.sum(centered, 0)
+        products += tl.sum(gradient * centered, 0)
+    for start in range(full * CHUNK * E, rows, E):
+        gradient, centered, offsets, there, counted = _load_gradient(
+            dy, x, mask, residual, y, first + start, rows - start, column, channel, exists, center, scale, offset,
+            K, S, 1, E, PLANES, MASKED, RESIDUAL, FROM_Y, ACT, ACC,
+        )  # fmt: skip
+        if WRITES:
+            stored = gradient.to(dresidual.dtype.element_ty)
+            tl.store(dresidual + offsets, stored, mask=there)
+            gradient = stored.to(ACC)
+        gradients += tl.sum(gradient, 0)
+        centereds += tl.sum(centered, 0)
+        products += tl.sum(gradient * centered, 0)
+    one, two, three = tl.sum(gradients, 0), tl.sum(centereds, 0), tl.sum(products, 0)
+    slots, slot = tl.num_programs(1) * spans, split
+    if PLANES:
+        slot = split * spans + block - channel * S // W
+        position = column - channel * S
+        begins = ((position == 0) | (column == block * W)).to(tl.int32)
+        ignored, one = tl.associative_scan((begins, one), 0, add_segments)
+        ignored, two = tl.associative_scan((begins, two), 0, add_segments)
+        ignored, three = tl.associative_scan((begins, three), 0, add_segments)
+        exists = exists & ((position == S - 1) | (column == block * W + W - 1))
+    at, row = (g * C + channel) * slots + slot, G * C * slots
+    tl.store(summed + at, one, mask=exists)
+    tl.store(summed + row + at, two, mask=exists)
+    tl.store(summed + 2 * row + at, three, mask=exists)
 
 
 @triton.jit
-def _slopes_of(gradient, centered, product, count, coefficients, at, row, exists, weight, c, WEIGHT: tl.constexpr):
-    """dx = g * first + (x - center) * second + third; and the gradients of weight and bias."""
-    total = tl.load(count)
-    share = 1 / tl.maximum(total, 1.0)
-    r = tl.load(coefficients + 3 * row + at, mask=exists, other=0.0)
-    d = tl.load(coefficients + 4 * row + at, mask=exists, other=0.0)
-    inverse_sigma = tl.load(coefficients + 5 * row + at, mask=exists, other=0.0)
-    rest = centered * share
-    dot = product - rest * gradient
-    dweight, dbias = dot * inverse_sigma * r + gradient * d, gradient
-    # Through a single element no gradient flows, not even rounding.
-    scale = tl.where(total > 1, inverse_sigma * r, 0.0)
-    if WEIGHT:
-        scale = scale * tl.load(weight + c, mask=exists, other=0.0).to(scale.dtype)
-    slope = -scale * inverse_sigma * inverse_sigma * dot * share
-    return scale, slope, -scale * gradient * share - slope * rest, dweight, dbias
+def _store_difference(
+    dy, x, mask, residual, y, dx, dresidual, first, rows, column, channel, exists, center, scale, offset, one, two,
+    three, K, S, CHUNK: tl.constexpr, E: tl.constexpr, PLANES: tl.constexpr, MASKED: tl.constexpr,
+    WRITTEN: tl.constexpr, RESIDUAL: tl.constexpr, FROM_Y: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x for a chunk of tiles."""
+    if WRITTEN:  # the gradient before the activation lies in dresidual, masked
+        gradient, centered, offsets, there, counted = _load_gradient(
+            dresidual, x, mask, residual, y, first, rows, column, channel, exists, center, scale, offset, K, S,
+            CHUNK, E, PLANES, MASKED, False, False, 0, ACC,
+        )  # fmt: skip
+    else:
+        gradient, centered, offsets, there, counted = _load_gradient(
+            dy, x, mask, residual, y, first, rows, column, channel, exists, center, scale, offset, K, S,
+            CHUNK, E, PLANES, MASKED, RESIDUAL, FROM_Y, ACT, ACC,
+        )  # fmt: skip
+    value = gradient * one[None, None, :] + (centered * two[None, None, :] + three[None, None, :])
+    if MASKED:
+        value = tl.where(counted, value, 0.0)
+    tl.store(dx + offsets, value.to(dx.dtype.element_ty), mask=there)
 
 
-@triton.jit
-def _store_gradients(dx, dresidual, offsets, exists, counted, gradient, centered, first, second, third,
-                     WANTS_RESIDUAL: tl.constexpr):  # fmt: skip
-    value = gradient * first[None, :] + centered * second[None, :] + third[None, :]
-    tl.store(dx + offsets, tl.where(counted, value, 0.0).to(dx.dtype.element_ty), mask=exists)
-    if WANTS_RESIDUAL:
-        tl.store(dresidual + offsets, gradient.to(dresidual.dtype.element_ty), mask=exists)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["units", "N", "S", "per_group", "G", "blocks", "share"])
 def differentiate(
-    dy, x, mask, residual, y, coefficients, measured, count, weight, slopes, dx, dresidual, gradients,
-    N, C, S, per_group, G, tiles, splits, programs,
-    WEIGHT: tl.constexpr, SETTLED: tl.constexpr, SPLITS: tl.constexpr, WANTS_RESIDUAL: tl.constexpr,
-    RESIDUAL: tl.constexpr, FROM_Y: tl.constexpr, ACT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, E: tl.constexpr, BC: tl.constexpr, RUN: tl.constexpr, MASKED: tl.constexpr,
+    dy, x, mask, residual, y, coefficients, slopes, dx, dresidual, gradients, total,
+    units, N, S, per_group, G, blocks, share,
+    WRITTEN: tl.constexpr, ADDS: tl.constexpr, RESIDUAL: tl.constexpr, FROM_Y: tl.constexpr, ACT: tl.constexpr,
+    DIVISOR: tl.constexpr, PLANES: tl.constexpr, E: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of x and residual, from the sums; and, by the first program of a channel, of weight and bias."""
-    program = tl.program_id(1)
-    block, g = block_and_group(C, BC)
-    c = block * BC + tl.arange(0, BC)
-    at, row = g * C + c, G * C
-    center, scale, offset = _load_coefficients(coefficients, at, row, c < C)
-    if SETTLED:
-        first, second, third = _load_coefficients(slopes, at, row, c < C)
-    else:
-        gradient_sum, centered_sum, product_sum = sums_of_splits(measured, g, c, C, G, splits, SPLITS)
-        first, second, third, dweight, dbias = _slopes_of(
-            gradient_sum, centered_sum, product_sum, count + g, coefficients, at, row, c < C, weight, c, WEIGHT
-        )
-        if program == 0:
-            tl.store(gradients + at, dweight, mask=c < C)
-            tl.store(gradients + row + at, dbias, mask=c < C)
-    begin, examples = group_bounds(g, N, per_group, G)
-    share = tl.cdiv(tiles, programs)
-    last = tl.minimum((program + 1) * share, tiles) - 1
-    for i in range(0, last + 1 - program * share):
-        # The last tile first: it is the likeliest to be in the cache.
-        offsets, at_mask, exists = tile_at(last - i, begin, examples, c, C, S, CHANNELS_LAST, E, RUN)
-        gradient, centered, counted = _gradient(
-            dy,
-            x,
-            mask,
-            residual,
-            y,
-            offsets,
-            at_mask,
-            exists,
-            center,
-            scale,
-            offset,
-            RESIDUAL,
-            FROM_Y,
-            ACT,
-            MASKED,
-            ACC,
-        )
-        _store_gradients(
-            dx, dresidual, offsets, exists, counted, gradient, centered, first, second, third, WANTS_RESIDUAL
-        )
+    """The gradient of x; and the first programs add up those of weight and bias over the groups."""
+    K = units * DIVISOR
+    split = tl.program_id(1)
+    block, g = block_and_group(blocks)
+    above, first, rows = rows_of(g, split, N, S, per_group, G, share, PLANES)
+    column, channel, exists = columns_of(block, K, S, PLANES, W)
+    C = K // S if PLANES else K
+    at, row = g * C + channel, G * C
+    center = _load_row(coefficients, 0, at, exists)
+    scale, offset = center, center
+    if ACT != 0 and not FROM_Y and not WRITTEN:
+        scale, offset = _load_row(coefficients, row, at, exists), _load_row(coefficients, 2 * row, at, exists)
+    one, two = _load_row(slopes, 0, at, exists), _load_row(slopes, row, at, exists)
+    three = _load_row(slopes, 2 * row, at, exists)
+    CHUNK: tl.constexpr = 2
+    full = rows // (CHUNK * E)
+    for start in range(full * CHUNK * E, rows, E):
+        _store_difference(
+            dy, x, mask, residual, y, dx, dresidual, first + start, rows - start, column, channel, exists, center,
+            scale, offset, one, two, three, K, S, 1, E, PLANES, MASKED, WRITTEN, RESIDUAL, FROM_Y, ACT, ACC,
+        )  # fmt: skip
+    for i in range(0, full):
+        start = (full - 1 - i) * CHUNK * E
+        _store_difference(
+            dy, x, mask, residual, y, dx, dresidual, first + start, CHUNK * E, column, channel, exists, center,
+            scale, offset, one, two, three, K, S, CHUNK, E, PLANES, MASKED, WRITTEN, RESIDUAL, FROM_Y, ACT, ACC,
+        )  # fmt: skip
+    if ADDS:
+        _add_groups(gradients, total, G, 2 * C, split * tl.num_programs(0) + tl.program_id(0),
+                    tl.num_programs(0) * tl.num_programs(1), ACC)  # fmt: skip
 
 
 @triton.jit
+def _add_groups(gradients, total, G, numbers, program, programs, ACC: tl.constexpr):
+    """Sums of (2, G, C) over the groups; `numbers` is 2 * C."""
+    BC: tl.constexpr = 64
+    GB: tl.constexpr = 16
+    C = numbers // 2
+    for first in range(program * BC, numbers, programs * BC):
+        i = first + tl.arange(0, BC)
+        found = tl.zeros((BC,), ACC)
+        for start in range(0, G, GB):
+            g = start + tl.arange(0, GB)
+            at = ((i // C)[None, :] * G + g[:, None]) * C + (i % C)[None, :]
+            found += tl.sum(tl.load(gradients + at, mask=(g < G)[:, None] & (i < numbers)[None, :], other=0.0), 0)
+        tl.store(total + i, found, mask=i < numbers)
+
+
+@triton.jit(do_not_specialize=["N", "C", "S", "per_group", "G"])
 def differentiate_whole(
     dy, x, mask, residual, y, coefficients, count, weight, dx, dresidual, gradients, N, C, S, per_group, G,
-    WEIGHT: tl.constexpr, WANTS_RESIDUAL: tl.constexpr, RESIDUAL: tl.constexpr, FROM_Y: tl.constexpr, ACT: tl.constexpr,
+    WEIGHT: tl.constexpr, WRITES: tl.constexpr, RESIDUAL: tl.constexpr, FROM_Y: tl.constexpr, ACT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, E: tl.constexpr, BC: tl.constexpr, RUN: tl.constexpr, MASKED: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Both passes by a program that holds a channel's elements in a group."""
-    block, g = block_and_group(C, BC)
+    block, g = block_and_group(tl.cdiv(C, BC))
     begin, examples = group_bounds(g, N, per_group, G)
     c = block * BC + tl.arange(0, BC)
     at, row = g * C + c, G * C
-    center, scale, offset = _load_coefficients(coefficients, at, row, c < C)
-    offsets, at_mask, exists = tile_at(0, begin, examples, c, C, S, CHANNELS_LAST, E, RUN)
-    gradient, centered, counted = _gradient(
-        dy, x, mask, residual, y, offsets, at_mask, exists, center, scale, offset, RESIDUAL, FROM_Y, ACT, MASKED, ACC
+    center = _load_row(coefficients, 0, at, c < C)[None, :]
+    scale = _load_row(coefficients, row, at, c < C)[None, :]
+    offset = _load_row(coefficients, 2 * row, at, c < C)[None, :]
+    offsets, at_mask, exists = whole_tile(begin, examples, c, C, S, CHANNELS_LAST, E, RUN)
+    counted = exists
+    if MASKED:
+        counted = exists & (tl.load(mask + at_mask, mask=exists, other=0) != 0)
+    gradient = tl.load(dy + offsets, mask=exists, other=0.0).to(ACC)
+    centered = tl.load(x + offsets, mask=exists, other=0.0).to(ACC) - center
+    gradient = _gradient(
+        gradient, centered, residual, y, offsets, exists, scale, offset, RESIDUAL, FROM_Y, ACT, ACC
     )
-    first, second, third, dweight, dbias = _slopes_of(
-        tl.sum(gradient, 0), tl.sum(centered, 0), tl.sum(gradient * centered, 0), count + g, coefficients, at, row,
-        c < C, weight, c, WEIGHT,
+    gradient, centered = tl.where(counted, gradient, 0.0), tl.where(counted, centered, 0.0)
+    if WRITES:
+        stored = gradient.to(dresidual.dtype.element_ty)
+        tl.store(dresidual + offsets, stored, mask=exists)
+        gradient = stored.to(ACC)
+    one, two, three, dweight, dbias = slopes_of(
+        tl.sum(gradient, 0), tl.sum(centered, 0), tl.sum(gradient * centered, 0), tl.load(count + g), coefficients, at,
+        row, c < C, weight, c, WEIGHT,
     )  # fmt: skip
     tl.store(gradients + at, dweight, mask=c < C)
     tl.store(gradients + row + at, dbias, mask=c < C)
-    _store_gradients(dx, dresidual, offsets, exists, counted, gradient, centered, first, second, third, WANTS_RESIDUAL)
+    value = gradient * one[None, :] + (centered * two[None, :] + three[None, :])
+    tl.store(dx + offsets, tl.where(counted, value, 0.0).to(dx.dtype.element_ty), mask=exists)

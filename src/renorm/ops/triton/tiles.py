@@ -1,12 +1,17 @@
-"""How a tensor is cut into tiles for the kernels, and the elements of a tile.
+"""How a tensor is cut for the kernels, and the elements of a tile.
 
-A tile is (elements, channels). Where channels come last it has several channels of some rows; where the positions of a
-channel lie side by side it has some of these, of some examples, of a single channel.
+To the kernels a dense tensor is a matrix: where channels come last, (N * S) rows of C columns; where the positions of a
+channel lie side by side, N rows of C * S columns, several of them of one channel. Its rows are cut by groups of examples
+and shared by programs, its columns into blocks of equal width that begin where vectors of 16 bytes do, whatever the
+planes measure. So both layouts, and planes of 7 x 7, are read by whole vectors.
+
+Where a program can hold all that a channel has in a group, it does, in a tile of its own shape.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 import triton
 import triton.language as tl
@@ -14,13 +19,20 @@ from torch import Tensor
 
 from ...grouping import Grouping
 
-_TILE = 2048  # elements and channels together
-_CHANNELS = 64  # where channels come last: 128 bytes in half precision
-_RUN = 1024  # positions, where these lie side by side
-_ON_CHIP = 16384  # what a program can hold: 32 registers of each of its threads, for each tensor
+_VECTOR_BYTES = 16  # what a thread loads at once
+_THREADS_PER_WARP = 32
+_WARPS = 8  # of a program
+_WARPS_OF_PLANES = 4
+_REGISTERS_PER_PROCESSOR = 65_536
+# Of a thread. 80 leave room for 24 warps, which with four loads each have 48 KB on the way, twice what a processor of an
+# H200 needs to keep its share of the memory busy.
+REGISTERS, MORE_REGISTERS = 80, 128
+_CHANNELS = (64, 32, 16)  # of a tile where they come last: the widest that wastes no more than a fifth of it
+_CHUNK = 4  # tiles that are loaded together
+_WAVES = 4  # at least, where programs do not all fit on the device at once
+_BYTES_PER_PARTIAL = 320  # of each column that a program reads, for the 16 bytes of its sums: 5%
+_ON_CHIP_BYTES = 32_768  # what a program can hold of each tensor: 16 registers of each of its threads
 _ON_CHIP_CHANNELS = 16
-_MOST_SPLITS = 64
-_PROGRAMS_PER_PROCESSOR = 8
 
 
 @dataclass(frozen=True)
@@ -61,25 +73,31 @@ class Layout:
         last = self.examples - (self.groups - 1) * self.examples_per_group
         return max(last, self.examples_per_group) if self.groups > 1 else last
 
+    @property
+    def columns(self) -> int:
+        """Of the matrix that the kernels see."""
+        return self.channels if self.channels_last else self.channels * self.positions
+
+    @property
+    def rows(self) -> int:
+        """Of the largest group in that matrix."""
+        return self.largest_group * self.positions if self.channels_last else self.largest_group
+
 
 @dataclass(frozen=True)
-class Cut:
-    """Tiles, and the programs that share them.
+class WholeCut:
+    """Tiles that hold a channel's elements in a group each.
 
     Args:
         elements: of a channel in a tile, a power of two.
         channels: of a tile, a power of two.
         run: positions of an example in a tile, a power of two; `elements` where channels come last.
-        tiles: of a channel in the largest group.
-        splits: programs that share a channel in a group.
         blocks: of channels.
     """
 
     elements: int
     channels: int
     run: int
-    tiles: int
-    splits: int
     blocks: int
 
     @property
@@ -88,11 +106,12 @@ class Cut:
         return max(1, min(16, self.elements * self.channels // 256))
 
 
-def whole_channels(layout: Layout) -> Cut | None:
+def whole_channels(layout: Layout, itemsize: int) -> WholeCut | None:
     """The cut into tiles that hold a channel's elements in a group each.
 
     Args:
         layout: what is cut.
+        itemsize: bytes of an element as it is computed with.
 
     Returns:
         The cut, None where a program cannot hold so much or a group has several channels.
@@ -105,40 +124,91 @@ def whole_channels(layout: Layout) -> Cut | None:
     else:
         channels, run = 1, triton.next_power_of_2(layout.positions)
         elements = run * triton.next_power_of_2(layout.largest_group)
-    if elements * channels > _ON_CHIP:
+    if elements * channels * itemsize > _ON_CHIP_BYTES:
         return None
-    return Cut(elements, channels, run, 1, 1, triton.cdiv(layout.channels, channels))
+    return WholeCut(elements, channels, run, triton.cdiv(layout.channels, channels))
 
 
-def tiles(layout: Layout, processors: int) -> Cut:
-    """The cut into tiles of a fixed size, and programs enough to keep a device busy.
+@dataclass(frozen=True)
+class Cut:
+    """Tiles of one size, and programs that go over a share of the rows, tile by tile.
+
+    Args:
+        height: rows of a tile, a power of two.
+        width: columns of a tile, a power of two.
+        blocks: of columns.
+        splits: programs that share the rows of a block in a group.
+        share: rows of each of them.
+        blocks_per_channel: that a channel lies in, at most.
+        divisor: power of two up to 16 by which the number of columns can be divided.
+        warps: of a program.
+    """
+
+    height: int
+    width: int
+    blocks: int
+    splits: int
+    share: int
+    blocks_per_channel: int
+    divisor: int
+    warps: int
+
+    @property
+    def slots(self) -> int:
+        """Partial results of a channel in a group, at most."""
+        return self.splits * self.blocks_per_channel
+
+
+def cut(layout: Layout, itemsize: int, processors: int, registers: int) -> Cut:
+    """The cut into tiles of 16 bytes for each thread, and programs that keep a device busy.
 
     Args:
         layout: what is cut.
+        itemsize: bytes of an element in memory.
         processors: of the device.
+        registers: of a thread, which decide how many programs a processor holds.
 
     Returns:
         The cut.
     """
-    if layout.channels_last:
-        channels = min(triton.next_power_of_2(layout.channels), _CHANNELS)
-        rows = layout.largest_group * layout.positions
-        elements = run = min(triton.next_power_of_2(rows), _TILE // channels)
-        count = triton.cdiv(rows, elements)
-    else:
-        channels, run = 1, min(triton.next_power_of_2(layout.positions), _RUN)
-        rows = min(triton.next_power_of_2(layout.largest_group), _TILE // run)
-        elements = rows * run
-        count = triton.cdiv(layout.largest_group, rows) * triton.cdiv(layout.positions, run)
-    blocks = triton.cdiv(layout.channels, channels)
-    wanted = triton.cdiv(_PROGRAMS_PER_PROCESSOR * processors, blocks * layout.groups)
-    return Cut(elements, channels, run, count, max(1, min(wanted, count, _MOST_SPLITS)), blocks)
+    warps = _WARPS if layout.channels_last else _WARPS_OF_PLANES
+    lanes = warps * _THREADS_PER_WARP * _VECTOR_BYTES // itemsize
+    width = min(_width_for(layout.channels), lanes) if layout.channels_last else lanes
+    height = lanes // width
+    blocks, rows = triton.cdiv(layout.columns, width), layout.rows
+    resident = _REGISTERS_PER_PROCESSOR // (registers * _THREADS_PER_WARP * warps) * processors
+    columns = blocks * layout.groups
+    wanted = resident // columns if columns <= resident else triton.cdiv(_WAVES * resident, columns)
+    least = _BYTES_PER_PARTIAL // itemsize if layout.channels_last else _CHUNK
+    splits = max(1, min(wanted, rows // least))
+    share = triton.cdiv(triton.cdiv(rows, splits), _CHUNK * height) * _CHUNK * height
+    spans = 1
+    if not layout.channels_last:
+        spans = _most_blocks(layout.positions, width)
+    return Cut(
+        height, width, blocks, triton.cdiv(rows, share), share, spans, gcd(layout.columns, _VECTOR_BYTES), warps
+    )
+
+
+def _width_for(channels: int) -> int:
+    """The widest tile that wastes at most a fifth of its lanes, else the one that wastes least."""
+    if channels < _CHANNELS[-1]:
+        return int(triton.next_power_of_2(channels))
+    shares = {width: channels / (triton.cdiv(channels, width) * width) for width in _CHANNELS}
+    return next((width for width, share in shares.items() if share >= 0.8), max(shares, key=lambda w: shares[w]))
+
+
+def _most_blocks(positions: int, width: int) -> int:
+    """Blocks that a channel's columns may lie in: those of `width` side by side do not begin where channels do."""
+    if width % positions == 0:
+        return 1
+    return positions // width if positions % width == 0 else (positions - 2) // width + 2
 
 
 @triton.jit
-def block_and_group(C, size):
-    """Which block of channels and which group a program takes: both along the one axis without a limit of 65,535."""
-    program, blocks = tl.program_id(0), tl.cdiv(C, size)
+def block_and_group(blocks):
+    """Which block of columns and which group a program takes: both along the one axis without a limit of 65,535."""
+    program = tl.program_id(0)
     group = program // blocks
     return program - group * blocks, group
 
@@ -151,21 +221,59 @@ def group_bounds(g, N, per_group, G):
 
 
 @triton.jit
-def tile_at(
-    t, begin, examples, c, C, S, CHANNELS_LAST: tl.constexpr, E: tl.constexpr, RUN: tl.constexpr
-):  # fmt: skip
-    """Elements of tile t of a group for the channels c (BC,), each (E, BC): their offsets, those in the mask, and which
-    exist."""
+def rows_of(g, split, N, S, per_group, G, share, PLANES: tl.constexpr):
+    """Rows of a program: the group's first, the program's first (both of the matrix), and how many."""
+    begin, rows = group_bounds(g, N, per_group, G)
+    above = tl.cast(begin, tl.int64)
+    if not PLANES:
+        above *= S
+        rows *= S
+    first = split * share
+    return above, above + first, tl.maximum(tl.minimum(share, rows - first), 0)
+
+
+@triton.jit
+def columns_of(block, K, S, PLANES: tl.constexpr, W: tl.constexpr):
+    """Columns of a block (W,): where they are, of which channel, and whether they exist."""
+    column = block * W + tl.arange(0, W)
+    channel = column
+    if PLANES:
+        channel = column // S
+    return column, channel, column < K
+
+
+@triton.jit
+def tile_at(column, exists, rows, K, CHUNK: tl.constexpr, E: tl.constexpr):
+    """Offsets of the elements of a chunk of tiles, (CHUNK, E, W), and which of them exist; all of its rows if CHUNK > 1,
+    else so many."""
+    row = (tl.arange(0, CHUNK) * E)[:, None, None] + tl.arange(0, E)[None, :, None]
+    there = exists[None, None, :]
+    if CHUNK == 1:
+        there = there & (row < rows)
+    return row * K + column[None, None, :], there
+
+
+@triton.jit
+def counted_at(mask, first, column, channel, S, there, PLANES: tl.constexpr, CHUNK: tl.constexpr, E: tl.constexpr):
+    """Which elements of a chunk count, by the mask (N, S); its first row is `first` of the matrix."""
+    row = first + (tl.arange(0, CHUNK) * E)[:, None, None] + tl.arange(0, E)[None, :, None]
+    if PLANES:
+        at = row * S + (column - channel * S)[None, None, :]
+    else:
+        at = row + (column * 0)[None, None, :]
+    return there & (tl.load(mask + at, mask=there, other=0) != 0)
+
+
+@triton.jit
+def whole_tile(begin, examples, c, C, S, CHANNELS_LAST: tl.constexpr, E: tl.constexpr, RUN: tl.constexpr):
+    """Elements of the channels c (BC,) in a group, each (E, BC): offsets, those in the mask, and which exist."""
     e = tl.arange(0, E)
     if CHANNELS_LAST:
-        row = t * E + e
-        exists = row < examples * S
-        at_mask = begin.to(tl.int64) * S + row
+        exists = e < examples * S
+        at_mask = begin.to(tl.int64) * S + e
         offsets = at_mask[:, None] * C + c[None, :]
     else:
-        runs = tl.cdiv(S, RUN)
-        n = (t // runs) * (E // RUN) + e // RUN
-        s = (t % runs) * RUN + e % RUN
+        n, s = e // RUN, e % RUN
         exists = (n < examples) & (s < S)
         n = (begin + n).to(tl.int64)
         at_mask = n * S + s
