@@ -55,7 +55,7 @@ class Recorder:
 
     calls: ClassVar[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]] = []
 
-    def first(self: Any, *tensors: Tensor | None) -> None:
+    def first(self: Any, _: None, *tensors: Tensor | None) -> None:
         Recorder.calls.append((self._kernel, (*tensors, *self._numbers), self._constants))
 
 
@@ -82,7 +82,7 @@ def run(layer: Layer) -> None:
 
 
 class Loop(NamedTuple):
-    """A loop over data: its instructions, loads and stores of 16 bytes among them, and the same of fewer."""
+    """A loop over data: its instructions, and its loads of 16 bytes and of fewer."""
 
     instructions: int
     wide: int
@@ -147,15 +147,12 @@ def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], capabi
     return {
         "kernel": kernel.__name__, "sm": capability, "warps": warps, "registers": registers,
         "shared_bytes": built.metadata.shared, "spilled_bytes": spilled, "loop": found, "signature": signature,
+        "threads": warps * 32, "allowed": registers,
     }  # fmt: skip
 
 
 def networks(name: str) -> Iterator[Layer]:
     """Layers of networks, in training; of "all", shapes and options apart from each other."""
-    if name == "planes":
-        for option in ({}, {"act": "relu"}, {"act": "relu", "residual": True}, {"mask": True}, {"act": "gelu", "residual": True}, {"act": "silu", "mask": True, "residual": True}):
-            yield Layer((64, 96, 35, 35), channels_last=False, **option)
-        return
     if name == "resnet":  # batch 128, mixed precision: with the activation, with the sum, and where the width changes
         for channels, size in ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (1024, 14), (512, 7), (2048, 7)):
             for act, residual in (("relu", False), ("relu", True), (None, False)):

@@ -86,7 +86,9 @@ def test_forward_and_gradients_agree_with_torch_in_float64(
 ) -> None:
     turns = itertools.product(TOLERANCE, (False, True), (False, True), ACTIVATIONS)
     for i, (dtype, has_residual, has_mask, act) in enumerate(turns):
-        if i % 37 != (5 * len(layout) + 11 * in_three + 7 * channels_last + (grouping[0] or 0) + grouping[1]) % 37:
+        # a group of its own for every example takes the interpreter longest
+        each = 61 if grouping[0] == 1 and layout else 37
+        if i % each != (5 * len(layout) + 11 * in_three + 7 * channels_last + (grouping[0] or 0) + grouping[1]) % each:
             continue  # a few in each case, all of them over the cases
         shape = (5, 4, *layout)
         x, residual, dy = (draw(shape, dtype, channels_last) for _ in range(3))
@@ -212,13 +214,11 @@ def test_limits_are_those_of_the_step(step: int, infinite: bool, in_three: bool)
     limits = Limits(*high, start=3, r_end=9, d_end=7)
     x = torch.randn(6, 4, 5, dtype=torch.float64) * 3 + 2
     outputs = []
-    for known in (limits, limits.at(step)):
+    for train, known in ((launch.step, limits), (launch.normalize_and_track, limits.at(step))):
         state = RunningState(
             torch.zeros(4).double(), torch.ones(4).double(), torch.tensor(step), torch.tensor(0)
         )
-        outputs.append(
-            launch.normalize_and_track(Inputs(x), Settings(Grouping(), 1e-5), state, known, Rule("std", 0.1))[0]
-        )
+        outputs.append(train(Inputs(x), Settings(Grouping(), 1e-5), state, known, Rule("std", 0.1))[0])
     torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
 
 
@@ -230,7 +230,7 @@ def test_a_step_moves_the_running_statistics_as_elsewhere(
 ) -> None:
     settings, rule = Settings(Grouping(*grouping), 1e-5), Rule(tracking, momentum)
     for faulty in (False, True):
-        x = torch.randn(5, 4, 3) + 2
+        x = torch.randn(5, 4) + 2
         if faulty:
             x[1, 2] = float("nan")
         states = [

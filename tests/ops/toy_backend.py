@@ -6,7 +6,6 @@ Run as a script it makes itself known, and says how far a layer that goes by it 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from torch import Tensor
 import renorm
 from renorm.activation import Activation
 from renorm.grouping import Grouping
-from renorm.limits import Limits
 from renorm.moments import Moments
 from renorm.ops import backends, evaluation, reference, schema, statistics, tracking
 from renorm.ops.composed import finish
@@ -66,11 +64,10 @@ def track(state: RunningState, moments: Moments, rule: Rule, settings: Settings)
 
 
 def normalize_and_track(
-    inputs: Inputs, settings: Settings, state: RunningState, limits: Limits | tuple[Any, Any] | None, rule: Rule
+    inputs: Inputs, settings: Settings, state: RunningState, limits: tuple[Tensor, Tensor] | None, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
     calls.append("normalize_and_track")
-    now = limits(state.steps, state.mean.dtype) if isinstance(limits, Limits) else limits
-    target = None if now is None else Target(state.mean.clone(), state.var.clone(), *now)
+    target = None if limits is None else Target(state.mean.clone(), state.var.clone(), *limits)
     y, mean, var, count, coefficients = normalize(inputs, settings, target)
     track(state, Moments(mean, var, count), rule, settings)
     return y, count, coefficients

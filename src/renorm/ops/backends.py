@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,17 +91,19 @@ for _device, _kernels in KERNELS.items():
         implement(_device, _kernels.module)
 
 
-def module_of(device: str) -> Any:
-    """Where kernels in Python are, which eager code calls past torch's dispatcher.
+@lru_cache(maxsize=8)
+def planning_module(device: str) -> Any:
+    """Kernels whose launches are planned, and called past torch's dispatcher in eager mode.
 
     Args:
         device: torch's name for the kind of device.
 
     Returns:
-        The module; None where kernels are operations of torch alone.
+        Their module, which has `step` and `step_backward` beside the operations; None if it has not.
     """
     path = KERNELS[device].module
-    return None if path is None else import_module(path)
+    module = None if path is None else import_module(path)
+    return module if hasattr(module, "step") else None
 
 
 def give_up(device: str, error: CannotLaunch) -> None:

@@ -6,16 +6,16 @@ compiler and torch.export see the registered operations, with their shapes and t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..activation import derivative_from_output, is_piecewise_linear
+from ..activation import Activation, derivative_from_output, is_piecewise_linear
 from ..limits import Limits
 from ..moments import Moments, accumulation_dtype
 from . import reference
-from .backends import give_up, module_of
+from .backends import give_up, planning_module
 from .composed import compose, finish
 from .problem import CannotLaunch, Correction, Inputs, Running, RunningState, Settings, Target
 from .schema import (
@@ -64,29 +64,21 @@ def step(inputs: Inputs, settings: Settings, state: RunningState, limits: Limits
     Returns:
         The output.
     """
-    y: Tensor = _StepByKernels.apply(*inputs, settings, state, limits, rule)
+    function = _StepByKernels if planning_module(inputs.x.device.type) is None else _StepByModule
+    y: Tensor = function.apply(*inputs, _Step(settings, state, limits, rule))
     torch.autograd.graph.increment_version(state)
     return y
 
 
 def evaluate(inputs: Inputs, settings: Settings, running: Running, example_weight: float) -> Tensor:
     """Evaluate without gradients; see `dispatch.evaluate`."""
-    module = module_of(inputs.x.device.type)
-    y: Tensor
-    if module is None:
-        y = _OPS.evaluate.default(*EvaluateArguments.of(inputs, settings, running, example_weight))
-    else:
-        y = module.evaluate(inputs, settings, running, example_weight)
+    y: Tensor = _OPS.evaluate.default(*EvaluateArguments.of(inputs, settings, running, example_weight))
     return y
 
 
 def track(state: RunningState, moments: Moments, rule: Rule, settings: Settings) -> None:
     """Move running statistics; see `dispatch.track`."""
-    module = module_of(moments.mean.device.type)
-    if module is None:
-        _OPS.track.default(*TrackArguments.of(state, moments, rule, settings))
-    else:
-        module.track(state, moments, rule, settings)
+    _OPS.track.default(*TrackArguments.of(state, moments, rule, settings))
     torch.autograd.graph.increment_version(state)
 
 
@@ -94,15 +86,20 @@ def _save(ctx: Any, inputs: Inputs, settings: Settings, y: Tensor, count: Tensor
     x, weight, bias, mask, residual = inputs
     ctx.settings, act = settings, settings.act
     ctx.set_materialize_grads(False)  # no zeros for the outputs that have no gradient
-    # The activation's gradient is computed from x again; with a residual, a piecewise linear one's from y, which
-    # whatever comes next keeps anyhow.
-    kept_y = kept_residual = None
-    if residual is not None and act is not None:
-        if is_piecewise_linear(act):
-            kept_y = y
-        else:
-            kept_residual = residual
+    kept_residual, kept_y = _kept_for_activation(act, residual, y)
     ctx.save_for_backward(x, weight, bias, mask, kept_residual, kept_y, count, coefficients)
+
+
+def _kept_for_activation(
+    act: Activation | None, residual: Tensor | None, y: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Residual or output, whichever its gradient is computed from.
+
+    That is from x again; with a residual, a piecewise linear one's from y, which whatever comes next keeps anyhow.
+    """
+    if residual is None or act is None:
+        return None, None
+    return (None, y) if is_piecewise_linear(act) else (residual, None)
 
 
 # Which of the inputs want a gradient, and these gradients.
@@ -119,19 +116,13 @@ def _gradients(ctx: Any, dy: Tensor | None) -> _Found:
         return _differentiable_gradients(dy, saved, settings, wanted)
     _, wants_weight, wants_bias, _, wants_residual = wanted
     is_dy = settings.act is None and saved.mask is None  # what the residual gets
-    writes = wants_residual and not is_dy
-    module = None if torch.compiler.is_compiling() else module_of(saved.x.device.type)
-    if module is None:
-        arguments = BackwardArguments.of(dy, saved, settings, writes)
+    arguments = BackwardArguments.of(dy, saved, settings, wants_residual and not is_dy)
+    try:
         dx, dweight, dbias, dresidual = _OPS.normalize_backward.default(*arguments)
-    else:
-        try:
-            found = module.normalize_backward(dy, saved, settings.grouping, settings.act, writes)
-        except CannotLaunch as error:
-            give_up(saved.x.device.type, error)
-            with torch.enable_grad():
-                return _differentiable_gradients(dy, saved, settings, wanted)
-        dx, dweight, dbias, dresidual = found
+    except CannotLaunch as error:
+        give_up(saved.x.device.type, error)
+        with torch.enable_grad():
+            return _differentiable_gradients(dy, saved, settings, wanted)
     return (
         dx,
         dweight if wants_weight else None,
@@ -178,12 +169,9 @@ class _ByKernels(torch.autograd.Function):
         settings: Settings,
         correction: Target | Correction | None,
     ) -> tuple[Tensor, ...]:
-        inputs, module = Inputs(x, weight, bias, mask, residual), module_of(x.device.type)
-        output: tuple[Tensor, ...]
-        if module is None:
-            output = _OPS.normalize_eager.default(*NormalizeArguments.of(inputs, settings, correction))
-        else:
-            output = module.normalize(inputs, settings, correction)
+        inputs = Inputs(x, weight, bias, mask, residual)
+        arguments = NormalizeArguments.of(inputs, settings, correction)
+        output: tuple[Tensor, ...] = _OPS.normalize_eager.default(*arguments)
         y, *statistics = output
         ctx.mark_non_differentiable(*statistics)
         _save(ctx, inputs, settings, y, *statistics[2:])
@@ -192,6 +180,15 @@ class _ByKernels(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         return *_gradients(ctx, dy), None, None
+
+
+class _Step(NamedTuple):
+    """What a training step is, apart from its inputs: one argument, since each costs autograd half a microsecond."""
+
+    settings: Settings
+    state: RunningState
+    limits: Limits | None
+    rule: Rule
 
 
 class _StepByKernels(torch.autograd.Function):
@@ -204,24 +201,62 @@ class _StepByKernels(torch.autograd.Function):
         bias: Tensor | None,
         mask: Tensor | None,
         residual: Tensor | None,
-        settings: Settings,
-        state: RunningState,
-        limits: Limits | None,
-        rule: Rule,
+        step: _Step,
     ) -> Any:
-        inputs, module = Inputs(x, weight, bias, mask, residual), module_of(x.device.type)
-        if module is None:
-            now = None if limits is None else limits(state.steps, state.mean.dtype)
-            arguments = StepArguments.of(inputs, settings, state, now, rule)
-            y, count, coefficients = _OPS.normalize_and_track.default(*arguments)
-        else:
-            y, count, coefficients = module.normalize_and_track(inputs, settings, state, limits, rule)
+        (settings, state, limits, rule), inputs = step, Inputs(x, weight, bias, mask, residual)
+        now = None if limits is None else limits(state.steps, state.mean.dtype)
+        arguments = StepArguments.of(inputs, settings, state, now, rule)
+        y, count, coefficients = _OPS.normalize_and_track.default(*arguments)
         _save(ctx, inputs, settings, y, count, coefficients)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy), None, None, None, None
+        return *_gradients(ctx, dy), None
+
+
+class _StepByModule(torch.autograd.Function):
+    # The same past torch's dispatcher, for kernels that plan: what a forward worked out is kept for the backward.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        residual: Tensor | None,
+        step: _Step,
+    ) -> Any:
+        settings, ctx.module = step.settings, planning_module(x.device.type)
+        y, kept, ctx.plan = ctx.module.step(Inputs(x, weight, bias, mask, residual), *step)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        kept_residual, kept_y = _kept_for_activation(settings.act, residual, y)
+        ctx.save_for_backward(x, weight, bias, mask, kept_residual, kept_y, kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return None, None, None, None, None, None
+        x, weight, bias, mask, residual, y, kept = ctx.saved_tensors
+        wanted, plan, settings = ctx.needs_input_grad[:5], ctx.plan, ctx.settings
+        if not torch.is_grad_enabled():
+            is_dy = settings.act is None and mask is None  # what the residual gets
+            try:
+                dx, dweight, dbias, dresidual = ctx.module.step_backward(
+                    dy, (x, weight, mask, residual, y, kept), plan, settings, wanted[4] and not is_dy
+                )
+            except CannotLaunch as error:
+                give_up(x.device.type, error)
+            else:
+                return (
+                    dx, dweight if wanted[1] else None, dbias if wanted[2] else None, None,
+                    (dy if is_dy else dresidual) if wanted[4] else None, None,
+                )  # fmt: skip
+        saved = Saved(x, weight, bias, mask, residual, y, plan.count(kept), plan.coefficients(kept))
+        with torch.enable_grad():
+            return *_differentiable_gradients(dy, saved, settings, wanted), None
 
 
 def _output_like(x: Tensor) -> Tensor:

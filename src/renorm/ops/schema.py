@@ -284,8 +284,7 @@ def implement(device: str, module: str) -> None:
     Args:
         device: torch's name of its type.
         module: path of the module, imported at the first call, with `normalize`, `normalize_backward`, `evaluate`,
-            `track` and `normalize_and_track`, which take what `read` of the arguments above returns; eager code gives
-            the last `Limits` in place of the limits at a step.
+            `track` and `normalize_and_track`, which take what `read` of the arguments above returns.
     """
     for name, arguments in _ARGUMENTS.items():
         function = name.removesuffix("_eager")

@@ -13,6 +13,10 @@ CUresult cuGetErrorString(CUresult error, const char** text) {
   *text = "stub";
   return CUDA_SUCCESS;
 }
+CUresult cuDriverGetVersion(int* version) {
+  *version = CUDA_VERSION;
+  return CUDA_SUCCESS;
+}
 CUresult cuDeviceGet(CUdevice* device, int index) {
   *device = 0;
   return CUDA_SUCCESS;

@@ -34,8 +34,8 @@ class Launch:
         """Whether places may be integers."""
         return self._bound is not None
 
-    def first(self, *tensors: Tensor | None) -> None:
-        """Launch through Triton, and keep what it found.
+    def first(self, _: None, *tensors: Tensor | None) -> None:
+        """Launch through Triton, on the current stream, and keep what it found.
 
         Raises:
             CannotLaunch: Triton cannot compile it, or load it.

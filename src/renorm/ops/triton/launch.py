@@ -7,7 +7,7 @@ costs two allocations and its launches.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
@@ -108,28 +108,30 @@ def normalize(
         limits, in_memory = _limits(correction.r_max, correction.d_max)
         options = _Options(RENORM, True, limits)
         statistics = _Statistics(correction.mean, correction.var, r=in_memory[0], d=in_memory[1])
-    y, kept, layout = _forward(inputs, settings, options, statistics)
-    return y, kept.mean, kept.var, kept.count, kept.coefficients
+    y, kept, plan = _forward(inputs, settings, options, statistics)
+    return y, plan.matrix(kept, 0), plan.matrix(kept, 1), plan.count(kept), plan.coefficients(kept)
+
+
+@_on_its_device
+def step(
+    inputs: Inputs, settings: Settings, state: RunningState, limits: Limits | None, rule: Rule
+) -> tuple[Tensor, Tensor, Any]:
+    """`normalize_and_track` for eager code: the output, the buffer of what is kept, and the plan that reads it."""
+    y, kept, plan = _forward(inputs, settings, (limits, rule), _Statistics(*state))
+    return y, kept, plan
 
 
 @_on_its_device
 def normalize_and_track(
-    inputs: Inputs, settings: Settings, state: RunningState, limits: Limits | tuple[Any, Any] | None, rule: Rule
+    inputs: Inputs, settings: Settings, state: RunningState, limits: tuple[Any, Any] | None, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """renorm::normalize_and_track, see `ops.schema`; limits may be those of all steps."""
-    statistics = _Statistics(*state)
-    if limits is None:
-        options = _Options(BATCH, True, rule=rule)
-    elif isinstance(limits, Limits):
-        ends = (float(limits.start), float(limits.r_end), float(limits.d_end))
-        kind = RAMP if any(ends) else CONSTANT
-        options = _Options(RENORM, True, (kind, (limits.r_max, limits.d_max, *ends)), rule=rule)
-    else:
-        found, in_memory = _limits(*limits)
-        options = _Options(RENORM, True, found, rule=rule)
+    """renorm::normalize_and_track, see `ops.schema`."""
+    statistics, known = _Statistics(*state), None
+    if limits is not None:
+        known, in_memory = _limits(*limits)
         statistics = statistics._replace(r=in_memory[0], d=in_memory[1])
-    y, kept, _ = _forward(inputs, settings, options, statistics)
-    return y, kept.count, kept.coefficients
+    y, kept, plan = _forward(inputs, settings, (known, rule), statistics)
+    return y, plan.count(kept), plan.coefficients(kept)
 
 
 @_on_its_device
@@ -176,104 +178,110 @@ class _Parts:
         return [base + begin * itemsize for begin in self.begins]
 
 
-class _Kept(NamedTuple):
-    """What a training forward leaves of its groups, in one buffer."""
-
-    buffer: Tensor
-    layout: Layout
-    parts: _Parts
-
-    @property
-    def mean(self) -> Tensor:
-        return self._matrix(0)
-
-    @property
-    def var(self) -> Tensor:
-        return self._matrix(1)
-
-    @property
-    def count(self) -> Tensor:  # type: ignore[override]
-        return self.buffer.as_strided((self.layout.groups, 1), (1, 1), self.parts.begins[2])
-
-    @property
-    def coefficients(self) -> Tensor:
-        groups, channels = self.layout.groups, self.layout.channels
-        return self.buffer.as_strided(
-            (COEFFICIENTS, groups, channels), (groups * channels, channels, 1), self.parts.begins[3]
-        )
-
-    def _matrix(self, part: int) -> Tensor:
-        groups, channels = self.layout.groups, self.layout.channels
-        return self.buffer.as_strided((groups, channels), (channels, 1), self.parts.begins[part])
-
-
 @dataclass(frozen=True)
 class _ForwardPlan:
     """Launches of a forward, and the buffers that they need: what is kept, (mean, var, count, coefficients), and what
     is not, (facts, measured)."""
 
     layout: Layout
+    wide: torch.dtype
     kept: _Parts
     scratch: _Parts
     measure: Launch | None
     settle: Launch | None
     apply: Launch
     move: Launch | None
+    backwards: dict[Any, Any] = field(default_factory=dict)  # plans of the backward, by what only it knows
 
     @property
-    def launches(self) -> list[Launch]:
-        return [launch for launch in (self.measure, self.settle, self.apply, self.move) if launch is not None]
+    def launches(self) -> tuple[Launch | None, ...]:
+        return self.measure, self.settle, self.apply, self.move
+
+    def matrix(self, kept: Tensor, part: int) -> Tensor:
+        """Mean or variance of a buffer of what is kept, (G, C)."""
+        groups, channels = self.layout.groups, self.layout.channels
+        return kept.as_strided((groups, channels), (channels, 1), self.kept.begins[part])
+
+    def count(self, kept: Tensor) -> Tensor:
+        """Elements of each group, (G, 1)."""
+        return kept.as_strided((self.layout.groups, 1), (1, 1), self.kept.begins[2])
+
+    def coefficients(self, kept: Tensor) -> Tensor:
+        """See `schema.Coefficients`, (6, G, C)."""
+        groups, channels = self.layout.groups, self.layout.channels
+        shape, strides = (COEFFICIENTS, groups, channels), (groups * channels, channels, 1)
+        return kept.as_strided(shape, strides, self.kept.begins[3])
+
+
+def _options(of_step: tuple[Any, Rule]) -> _Options:
+    """Those of a training step by limits, of all steps or as `_limits` found them, and a rule."""
+    limits, rule = of_step
+    if limits is None:
+        return _Options(BATCH, True, rule=rule)
+    if not isinstance(limits, Limits):
+        return _Options(RENORM, True, limits, rule=rule)
+    ends = (float(limits.start), float(limits.r_end), float(limits.d_end))
+    kind = RAMP if any(ends) else CONSTANT
+    return _Options(RENORM, True, (kind, (limits.r_max, limits.d_max, *ends)), rule=rule)
 
 
 def _forward(
-    inputs: Inputs, settings: Settings, options: _Options, statistics: _Statistics
-) -> tuple[Tensor, _Kept, Layout]:
+    inputs: Inputs, settings: Settings, options: _Options | tuple[Any, Rule], statistics: _Statistics
+) -> tuple[Tensor, Tensor, _ForwardPlan]:
     x, weight, bias, mask, residual = inputs
-    x = dense(x)
-    mask, residual = _bytes_of(mask), None if residual is None else laid_out_as(x, residual)
-    y = torch.empty_like(x)
-    given = (x, mask, residual, y, weight, bias, *statistics)
-    places = _places(given)
-    plan: _ForwardPlan = _planned(
-        _make_forward, (x.shape, x.stride(), x.dtype, x.device, _kinds(given, places), settings, options),
-        x, settings, options, given,
-    )  # fmt: skip
-    wide = accumulation_dtype(x.dtype)
-    kept = _Kept(x.new_empty(plan.kept.size, dtype=wide), plan.layout, plan.kept)
-    scratch = x.new_empty(plan.scratch.size, dtype=wide)
+    if mask is not None:
+        mask = mask.contiguous().view(torch.uint8)
+    strides = x.stride()
+    if residual is not None and residual.stride() != strides:
+        residual = laid_out_as(x, residual)
+    given = (x, mask, residual, weight, bias, *statistics)
+    places = [None if tensor is None else tensor.data_ptr() for tensor in given]
+    key = (x.shape, strides, x.dtype, x.device, settings, options, *_kinds(given, places))
+    plan: _ForwardPlan | None = _plans.get(key)
+    if plan is None:
+        if not _is_dense(x):
+            return _forward(inputs._replace(x=x.contiguous()), settings, options, statistics)
+        known = options if isinstance(options, _Options) else _options(options)
+        plan = _remember(key, _make_forward(x, settings, known, given))
+    y, kept = torch.empty_like(x), x.new_empty(plan.kept.size, dtype=plan.wide)
+    scratch = x.new_empty(plan.scratch.size, dtype=plan.wide)
     if plan.apply.is_bound:
-        x_at, mask_at, residual_at, y_at, weight_at, bias_at, mean_at, var_at, steps_at, skipped_at, r_at, d_at = places
-        mean, var, count, coefficients = plan.kept.addresses(kept.buffer)
+        x_at, mask_at, residual_at, weight_at, bias_at, mean_at, var_at, steps_at, skipped_at, r_at, d_at = places
+        y_at: Any = y.data_ptr()
+        mean, var, count, coefficients = plan.kept.addresses(kept)
         facts, measured = plan.scratch.addresses(scratch)
-        launch: Any = _Again(stream_of(x.device))
+        stream = stream_of(x.device)
+        measure, settles, apply, move = plan.measure, plan.settle, plan.apply, plan.move
     else:
-        x_at, mask_at, residual_at, y_at, weight_at, bias_at, mean_at, var_at, steps_at, skipped_at, r_at, d_at = given
-        mean, var, count, coefficients = plan.kept.views(kept.buffer)
+        x_at, mask_at, residual_at, weight_at, bias_at, mean_at, var_at, steps_at, skipped_at, r_at, d_at = given
+        y_at = y
+        mean, var, count, coefficients = plan.kept.views(kept)
         facts, measured = plan.scratch.views(scratch)
-        launch = _first
-    if plan.measure is not None:
-        launch(plan.measure, x_at, mask_at, measured)
-    if plan.settle is not None:
-        launch(
-            plan.settle, measured, mean, var, count, coefficients, facts, weight_at, bias_at, mean_at, var_at,
-            steps_at, r_at, d_at,
+        stream = None
+        measure, settles, apply, move = (each and each.first for each in plan.launches)
+    if measure is not None:
+        measure(stream, x_at, mask_at, measured)
+    if settles is not None:
+        settles(
+            stream, measured, mean, var, count, coefficients, facts, weight_at, bias_at, mean_at, var_at, steps_at,
+            r_at, d_at,
         )  # fmt: skip
-        launch(
-            plan.apply, x_at, mask_at, residual_at, y_at, coefficients, mean_at, var_at, steps_at, skipped_at, mean,
-            var, count, facts,
+        apply(
+            stream, x_at, mask_at, residual_at, y_at, coefficients, mean_at, var_at, steps_at, skipped_at, mean, var,
+            count, facts,
         )  # fmt: skip
     else:
-        launch(
-            plan.apply, x_at, mask_at, residual_at, y_at, mean, var, count, coefficients, facts, weight_at, bias_at,
+        apply(
+            stream, x_at, mask_at, residual_at, y_at, mean, var, count, coefficients, facts, weight_at, bias_at,
             mean_at, var_at, steps_at, r_at, d_at,
         )  # fmt: skip
-    if plan.move is not None:
-        launch(plan.move, mean_at, var_at, steps_at, skipped_at, mean, var, count, facts)
-    return y, kept, plan.layout
+    if move is not None:
+        move(stream, mean_at, var_at, steps_at, skipped_at, mean, var, count, facts)
+    return y, kept, plan
 
 
 def _make_forward(x: Tensor, settings: Settings, options: _Options, given: tuple[Tensor | None, ...]) -> _ForwardPlan:
-    _, mask, residual, _, weight, bias, *_ = given
+    _, mask, residual, weight, bias, *_ = given
     layout, wide = Layout.of(x, settings.grouping), accumulation_dtype(x.dtype)
     groups, channels, k = layout.groups, layout.channels, layout.channels_per_group
     acc, rule = _ACC[wide], options.rule
@@ -299,7 +307,7 @@ def _make_forward(x: Tensor, settings: Settings, options: _Options, given: tuple
         apply = Launch(
             forward.apply_whole, (programs,), (*numbers, *_shape(layout)), made_of | output | _tiling(layout, whole)
         )
-        return _ForwardPlan(layout, kept, _Parts((1 + programs, 0), wide.itemsize), None, None, apply, move)
+        return _ForwardPlan(layout, wide, kept, _Parts((1 + programs, 0), wide.itemsize), None, None, apply, move)
     registers = _registers(x, layout, mask, settings.act)
     pieces = cut(layout, x.dtype.itemsize, processors(x.device), registers)
     grid, tiling = (pieces.blocks * groups, pieces.splits), _streaming(layout, pieces, acc, mask, registers)
@@ -317,7 +325,7 @@ def _make_forward(x: Tensor, settings: Settings, options: _Options, given: tuple
     )  # fmt: skip
     apply = Launch(forward.apply, grid, (*rows, k, programs), moves | output | tiling)
     scratch = _Parts((1 + programs, MEASURED * groups * channels * slots), wide.itemsize)
-    return _ForwardPlan(layout, kept, scratch, measure, settled, apply, None)
+    return _ForwardPlan(layout, wide, kept, scratch, measure, settled, apply, None)
 
 
 @dataclass(frozen=True)
@@ -325,10 +333,15 @@ class _BackwardPlan:
     """Launches of a backward, and the parts of its buffer: slopes, sums, and gradients of weight and bias by group."""
 
     layout: Layout
+    wide: torch.dtype
     scratch: _Parts
     sum_gradients: Launch | None
     settle: Launch | None
     differentiate: Launch
+
+    @property
+    def launches(self) -> tuple[Launch | None, ...]:
+        return self.sum_gradients, self.settle, self.differentiate
 
 
 @_on_its_device
@@ -338,47 +351,99 @@ def normalize_backward(
     """renorm::normalize_backward, see `ops.schema`."""
     x = dense(saved.x)
     residual, y = (None if tensor is None else laid_out_as(x, tensor) for tensor in (saved.residual, saved.y))
-    mask, weight, dy = _bytes_of(saved.mask), saved.weight, laid_out_as(x, dy)
-    dx, dresidual = torch.empty_like(x), torch.empty_like(x) if wants_residual else None
-    given = (dy, x, mask, residual, y, weight, saved.count, saved.coefficients, dx, dresidual)
-    places = _places(given)
-    plan: _BackwardPlan = _planned(
-        _make_backward, (x.shape, x.stride(), x.dtype, x.device, _kinds(given, places), grouping, act),
-        x, grouping, act, given,
+    read = (x, _bytes_of(saved.mask), residual, y, saved.weight, saved.count, saved.coefficients)
+    key = (x.shape, x.stride(), x.dtype, x.device, grouping, act)
+    plans = _plans.get(key)
+    if plans is None:
+        plans = _remember(key, {})
+    dx, dweight, dbias, dresidual = _backward(plans, dy, read, (), grouping, act, wants_residual)
+    return dx, dweight, dbias, x.new_empty(0) if dresidual is None else dresidual
+
+
+@_on_its_device
+def step_backward(
+    dy: Tensor, saved: Sequence[Tensor | None], plan: _ForwardPlan, settings: Settings, wants_residual: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The backward of `step`: from x, weight, mask, residual, y and what was kept."""
+    x, weight, mask, residual, y, kept = saved
+    assert x is not None
+    assert kept is not None
+    if not _is_dense(x):
+        x = x.contiguous()
+    read = (x, _bytes_of(mask), None if residual is None else laid_out_as(x, residual),
+            None if y is None else laid_out_as(x, y), weight, kept, None)  # fmt: skip
+    begins, itemsize = plan.kept.begins, plan.kept.itemsize
+    return _backward(
+        plan.backwards, dy, read, (begins[2] * itemsize, begins[3] * itemsize), settings.grouping, settings.act,
+        wants_residual,
     )  # fmt: skip
-    wide, layout = accumulation_dtype(x.dtype), plan.layout
+
+
+def _backward(
+    plans: dict[Any, Any], dy: Tensor, read: tuple[Tensor | None, ...], offsets: tuple[int, ...], grouping: Grouping,
+    act: Activation | None, wants_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients from x, mask, residual, y, weight, count and coefficients; the last two may lie in one buffer, which
+    is then in the place of count, and they at these offsets, in bytes."""
+    x: Any = read[0]
+    if dy.stride() != x.stride():
+        dy = laid_out_as(x, dy)
+    given = (dy, *read)
+    places = [None if tensor is None else tensor.data_ptr() for tensor in given]
+    key = (wants_residual, *_kinds(given, places))
+    plan: _BackwardPlan | None = plans.get(key)
+    if plan is None:
+        plan = plans[key] = _make_backward(x, grouping, act, given, wants_residual)
+    layout, wide = plan.layout, plan.wide
+    dx, dresidual = torch.empty_like(x), torch.empty_like(x) if wants_residual else None
     total = x.new_empty((2, layout.channels), dtype=wide)
     scratch = x.new_empty(plan.scratch.size, dtype=wide)
+    found: tuple[Any, ...]
     if plan.differentiate.is_bound:
-        dy_at, x_at, mask_at, residual_at, y_at, weight_at, count, coefficients, dx_at, dresidual_at = places
+        if offsets:
+            buffer: Any = places[-2]
+            places[-2:] = buffer + offsets[0], buffer + offsets[1]
+        found = tuple(places)
         slopes, summed, gradients = plan.scratch.addresses(scratch)
         total_at: Any = total.data_ptr()
-        launch: Any = _Again(stream_of(x.device))
+        dx_at: Any = dx.data_ptr()
+        dresidual_at: Any = None if dresidual is None else dresidual.data_ptr()
+        stream = stream_of(x.device)
+        sums, settles, differences = plan.sum_gradients, plan.settle, plan.differentiate
     else:
-        dy_at, x_at, mask_at, residual_at, y_at, weight_at, count, coefficients, dx_at, dresidual_at = given
+        found = given
+        if offsets:
+            kept: Any = given[-2]
+            found = (*given[:-2], *(kept[begin // kept.itemsize :] for begin in offsets))
         slopes, summed, gradients = plan.scratch.views(scratch)
-        total_at = total
-        launch = _first
+        total_at, dx_at, dresidual_at, stream = total, dx, dresidual, None
+        sums, settles, differences = (each and each.first for each in plan.launches)
+    dy_at, x_at, mask_at, residual_at, y_at, weight_at, count, coefficients = found
     by_group = total_at if layout.groups == 1 else gradients
-    read = (dy_at, x_at, mask_at, residual_at, y_at, coefficients)
-    if plan.sum_gradients is None:
-        launch(plan.differentiate, *read, count, weight_at, dx_at, dresidual_at, by_group)
+    if sums is None:
+        differences(
+            stream, dy_at, x_at, mask_at, residual_at, y_at, coefficients, count, weight_at, dx_at, dresidual_at,
+            by_group,
+        )  # fmt: skip
         if layout.groups > 1:
             begin = plan.scratch.begins[2]
             shape = 2, layout.groups, layout.channels
             total = scratch[begin : begin + 2 * layout.groups * layout.channels].view(shape).sum(1)
     else:
-        launch(plan.sum_gradients, *read, summed, dresidual_at)
-        launch(plan.settle, summed, count, coefficients, weight_at, slopes, by_group)
-        launch(plan.differentiate, *read, slopes, dx_at, dresidual_at, by_group, total_at)
+        sums(stream, dy_at, x_at, mask_at, residual_at, y_at, coefficients, summed, dresidual_at)
+        settles(stream, summed, count, coefficients, weight_at, slopes, by_group)
+        differences(
+            stream, dy_at, x_at, mask_at, residual_at, y_at, coefficients, slopes, dx_at, dresidual_at, by_group,
+            total_at,
+        )  # fmt: skip
     dweight, dbias = total.unbind()
-    return dx, dweight, dbias, x.new_empty(0) if dresidual is None else dresidual
+    return dx, dweight, dbias, dresidual
 
 
 def _make_backward(
-    x: Tensor, grouping: Grouping, act: Activation | None, given: tuple[Tensor | None, ...]
+    x: Tensor, grouping: Grouping, act: Activation | None, given: tuple[Tensor | None, ...], wants_residual: bool
 ) -> _BackwardPlan:
-    _, _, mask, residual, y, weight, *_, dresidual = given
+    _, _, mask, residual, y, weight, *_ = given
     layout, wide = Layout.of(x, grouping), accumulation_dtype(x.dtype)
     groups, channels, acc = layout.groups, layout.channels, _ACC[wide]
     before = {"RESIDUAL": residual is not None, "FROM_Y": y is not None, "ACT": CODES[act]}
@@ -386,18 +451,18 @@ def _make_backward(
     whole = whole_channels(layout, wide.itemsize)
     if whole is not None:
         tiling = _tiling(layout, whole) | {"MASKED": mask is not None, "ACC": acc}
-        made_of = {"WEIGHT": weight is not None, "WRITES": dresidual is not None}
+        made_of = {"WEIGHT": weight is not None, "WRITES": wants_residual}
         one = Launch(
             backward.differentiate_whole, (whole.blocks * groups,), _shape(layout), made_of | before | tiling
         )
-        return _BackwardPlan(layout, _Parts((0, 0, by_group), wide.itemsize), None, None, one)
+        return _BackwardPlan(layout, wide, _Parts((0, 0, by_group), wide.itemsize), None, None, one)
     registers = _registers(x, layout, mask, act)
     pieces = cut(layout, x.dtype.itemsize, processors(x.device), registers)
     grid, tiling = (pieces.blocks * groups, pieces.splits), _streaming(layout, pieces, acc, mask, registers)
     rows = _rows(layout, pieces)
     sums = Launch(
         backward.sum_gradients, grid, (*rows, pieces.blocks_per_channel),
-        {"WRITES": dresidual is not None} | before | tiling,
+        {"WRITES": wants_residual} | before | tiling,
     )  # fmt: skip
     settling, programs = _settling(layout, pieces, settle.settle_backward, settle.settle_sharing_backward)
     settled = Launch(
@@ -406,10 +471,10 @@ def _make_backward(
         {"WEIGHT": weight is not None, "ACC": acc} | settling.constants,
     )  # fmt: skip
     differences = Launch(
-        backward.differentiate, grid, rows, {"WRITTEN": dresidual is not None, "ADDS": groups > 1} | before | tiling
+        backward.differentiate, grid, rows, {"WRITTEN": wants_residual, "ADDS": groups > 1} | before | tiling
     )
     scratch = _Parts((3 * groups * channels, SUMMED * groups * channels * pieces.slots, by_group), wide.itemsize)
-    return _BackwardPlan(layout, scratch, sums, settled, differences)
+    return _BackwardPlan(layout, wide, scratch, sums, settled, differences)
 
 
 class _Settling(NamedTuple):
@@ -462,47 +527,31 @@ def _registers(x: Tensor, layout: Layout, mask: Tensor | None, act: Activation |
     return REGISTERS if is_lean else MORE_REGISTERS
 
 
-class _Again:
-    """Launches that are bound, on a stream."""
-
-    __slots__ = ("_stream",)
-
-    def __init__(self, stream: int) -> None:
-        self._stream = stream
-
-    def __call__(self, launch: Launch, *places: int | None) -> None:
-        launch(self._stream, *places)
-
-
-def _first(launch: Launch, *tensors: Tensor | None) -> None:
-    launch.first(*tensors)
-
-
-def _planned(make: Callable[..., _Plan], key: tuple[Any, ...], *arguments: Any) -> _Plan:
-    key = (make, *key)
-    plan: _Plan | None = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        plan = _plans[key] = make(*arguments)
+def _remember(key: tuple[Any, ...], plan: _Plan) -> _Plan:
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
     return plan
 
 
-def _places(tensors: tuple[Tensor | None, ...]) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-def _kinds(tensors: tuple[Tensor | None, ...], places: list[int | None]) -> tuple[Any, ...]:
+def _kinds(tensors: tuple[Tensor | None, ...], places: list[int | None]) -> list[Any]:
     """Which there are, of what dtype, and which of them do not lie on 16 bytes."""
-    return (
-        *[None if tensor is None else tensor.dtype for tensor in tensors],
-        *[i for i, place in enumerate(places) if place is not None and place % _ALIGNED],
-    )
+    kinds: list[Any] = [None if tensor is None else tensor.dtype for tensor in tensors]
+    bits = 0
+    for place in places:
+        bits |= place or 0
+    if bits % _ALIGNED:
+        kinds += [i for i, place in enumerate(places) if place is not None and place % _ALIGNED]
+    return kinds
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
 
 
 def dense(x: Tensor) -> Tensor:
     """x itself where memory holds it contiguously or with channels last, else a contiguous copy."""
-    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+    return x if _is_dense(x) else x.contiguous()
 
 
 def laid_out_as(x: Tensor, tensor: Tensor) -> Tensor:
