@@ -26,7 +26,6 @@ from renorm.activation import Activation
 from renorm.grouping import Grouping
 from renorm.limits import Limits
 from renorm.ops.problem import Inputs, Running, RunningState, Settings
-from renorm.ops.schema import Saved
 from renorm.ops.tracking import Rule
 from renorm.ops.triton import bound, launch
 
@@ -59,7 +58,7 @@ class Recorder:
         Recorder.calls.append((self._kernel, (*tensors, *self._numbers), self._constants))
 
 
-def run(layer: Layer) -> None:
+def run(layer: Layer, evaluates: bool) -> None:
     """Go through the launches of a layer: a step, its backward, evaluation without and with an example weight."""
     x = torch.empty(layer.shape, dtype=layer.dtype, device="meta")
     if layer.channels_last:
@@ -71,14 +70,15 @@ def run(layer: Layer) -> None:
     residual = x if layer.residual else None
     inputs, settings = Inputs(x, weight, bias, mask, residual), Settings(layer.grouping, 1e-5, layer.act)
     state = RunningState(mean, var, *counters)
-    _, count, coefficients = launch.normalize_and_track(inputs, settings, state, Limits(), Rule("std", 0.01))
+    _, kept, plan = launch.step(inputs, settings, state, Limits(), Rule("std", 0.01))
     from_y = layer.residual and layer.act in ("relu", "relu6", "leaky_relu")
     kept_residual = residual if layer.act is not None and not from_y else None
-    saved = Saved(x, weight, None, mask, kept_residual, x if from_y else None, count, coefficients)
+    saved = (x, weight, mask, kept_residual, x if from_y else None, kept)
     writes = layer.residual and (layer.act is not None or layer.mask)
-    launch.normalize_backward(x, saved, layer.grouping, layer.act, writes)
-    launch.evaluate(inputs, settings, Running(mean, var), 0.0)
-    launch.evaluate(inputs, settings, Running(mean, var), 0.1)
+    launch.step_backward(x, saved, plan, settings, writes)
+    if evaluates:
+        launch.evaluate(inputs, settings, Running(mean, var), 0.0)
+        launch.evaluate(inputs, settings, Running(mean, var), 0.1)
 
 
 class Loop(NamedTuple):
@@ -176,7 +176,7 @@ def main() -> None:
     launch.processors = lambda device: _PROCESSORS
     name, *capabilities = sys.argv[1:]
     for layer in networks(name):
-        run(layer)
+        run(layer, evaluates=name == "all")
     seen = set()
     for kernel, args, options in Recorder.calls:
         types = tuple(str(each.dtype) if isinstance(each, Tensor) else type(each).__name__ for each in args)

@@ -46,7 +46,7 @@ def test_kernels_keep_to_their_registers(capability: str) -> None:
     assert {kernel["kernel"] for kernel in kernels} == _OVER_DATA | _BETWEEN | _AFTER
     for kernel in kernels:
         # What is spilled is a few numbers of each channel, before and after the loop over its elements.
-        assert kernel["spilled_bytes"] <= 16, kernel
+        assert kernel["spilled_bytes"] <= 32, kernel
         assert kernel["registers"] <= (kernel["allowed"] or MORE_REGISTERS), kernel
         assert kernel["shared_bytes"] <= 48 * 1024, kernel
         numbers = [kind for kind in kernel["signature"].values() if kind.startswith("fp")]
@@ -56,13 +56,8 @@ def test_kernels_keep_to_their_registers(capability: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_a_network_needs_few_kernels_of_few_instructions(capability: str) -> None:
-    kernels = [kernel for kernel in compiled("resnet", capability) if kernel["kernel"] != "apply_whole"]
-    in_training = [
-        kernel
-        for kernel in kernels
-        if kernel["signature"].get("running_mean") != "constexpr" or kernel["kernel"] in _READS
-    ]
-    assert len(in_training) <= 20
+    kernels = compiled("resnet", capability)
+    assert len(kernels) <= 16
     counted = set()
     for kernel in kernels:
         name, (instructions, wide, narrow) = kernel["kernel"], kernel["loop"] or (0, 0, 0)
