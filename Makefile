@@ -72,8 +72,8 @@ bench: setup ## about an hour; then the tables and figures of docs/benchmarks.md
 bench-regression: setup ## ratio of times to another commit: make bench-regression BASE=main
 	$(BIN)/python benchmarks/regression.py $(BASE)
 
-gpu: ## tests and times on this machine's GPU, with the Python, torch and Triton that are there
-	benchmarks/gpu.sh
+gpu: ## correctness and times on this machine's GPU, with the Python, torch and Triton that are there; DRY=1 without one
+	$(or $(PYTHON),python3) benchmarks/gpu.py $(if $(DRY),--dry)
 
 gpu-packages: setup ## what the machine with the GPU may lack, in a folder to take along
 	$(BIN)/python -m pip install --quiet --target build/gpu-packages --no-deps -c constraints.txt \

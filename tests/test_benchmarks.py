@@ -159,23 +159,58 @@ def test_every_script_runs_from_measuring_to_the_page(tmp_path: Path) -> None:
         assert f"figures/{figure}" in page
 
 
-def test_the_share_of_the_bandwidth_counts_eight_passes() -> None:
-    import gpu
+class TestGpu:
+    def layer(self, contender: str, milliseconds: float, **change: Any) -> dict[str, Any]:
+        return {
+            "phase": "layers", "shape": "s", "megabytes": 65.0, "layout": "contiguous", "dtype": "bf16",
+            "variant": "norm", "mode": "graph", "contender": contender, "ms": milliseconds,
+        } | change  # fmt: skip
 
-    common = {"shape": "s", "layout": "contiguous", "dtype": "fp32", "variant": "norm"}
-    rows = [
-        common | {"megabytes": size, "contender": name, "direction": direction, "median_ms": milliseconds}
-        for size in (65.0, 1.0)
-        for name, direction, milliseconds in (("copy", "forward", 2.0), ("BatchRenorm2d", "both", 10.0))
-    ]
-    assert gpu.bandwidth_shares(rows) == [pytest.approx(8 / 2 * 2.0 / 10.0)]
+    def test_the_share_of_the_bandwidth_counts_eight_passes(self) -> None:
+        import gpu_bars
 
+        rows = [self.layer("copy", 2.0), self.layer("BatchRenorm2d", 10.0)]
+        small = [
+            self.layer("copy", 1.0, megabytes=1.0, shape="t"),
+            self.layer("BatchRenorm2d", 1.0, megabytes=1.0, shape="t"),
+        ]
+        shares = gpu_bars.bandwidth_shares(rows + small)
+        assert shares == {"s contiguous bf16": pytest.approx(8 / 2 * 2.0 / 10.0)}
 
-@pytest.mark.slow
-def test_the_gpu_script_runs_on_any_device(tmp_path: Path) -> None:
-    printed = run("gpu", "--quick", "--device", "cpu", "--out", str(tmp_path))
-    assert "training step, BatchRenorm2d / plain code" in printed
-    assert {path.name for path in tmp_path.iterdir()} == {"gpu-layers.csv", "gpu-models.csv", "gpu-machine.csv"}
+    def test_bars_are_met_missed_or_not_measured(self) -> None:
+        import gpu_bars
+
+        rows = [self.layer("nn.BatchNorm2d", 10.0), self.layer("BatchRenorm2d", 8.0)]
+        found = {name: (value, met) for name, _, value, met in gpu_bars.bars(rows)}
+        assert found["over nn.BatchNorm2d, bf16, geometric mean"] == (pytest.approx(0.8), False)
+        assert found["over nn.BatchNorm2d, worst"] == (pytest.approx(0.8), True)
+        assert found["over nn.BatchNorm2d, fp32, geometric mean"] == (None, None)
+        assert "MISSED" in gpu_bars.summary(rows, {"layers": "done"})
+
+    def test_a_line_that_was_cut_off_costs_no_other(self, tmp_path: Path) -> None:
+        import gpu_bars
+
+        path = tmp_path / "results.jsonl"
+        path.write_text('{"phase": "layers"}\n{"phase": "la', encoding="utf-8")
+        assert gpu_bars.read(path) == [{"phase": "layers"}]
+
+    @pytest.mark.slow
+    def test_every_phase_runs_without_a_device(self, tmp_path: Path) -> None:
+        printed = run("gpu", "--dry", "--out", str(tmp_path))
+        assert "0 wrong" in printed
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "results.jsonl", "summary.txt", "layers.csv", "models.csv", "sweep.csv", "logs.tar.gz"
+        }  # fmt: skip
+
+    @pytest.mark.slow
+    def test_a_job_goes_on_in_another_folder(self, tmp_path: Path) -> None:
+        job = ("--", "workers", "--seeds", "1", "--steps", "200", "--methods", "[batch_norm,group_norm]")
+        first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "out"
+        assert "stopped" in run("gpu_lab", "run", str(first), "--out", str(out), "--seconds", "9", *job)
+        second.mkdir()
+        (out / "job.tar.gz").rename(second / "job.tar.gz")
+        assert "done" in run("gpu_lab", "run", str(second), "--out", str(out), "--seconds", "300", *job)
+        assert (second / "job" / "results.csv").exists()
 
 
 def run(script: str, *arguments: str) -> str:

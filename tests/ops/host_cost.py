@@ -56,7 +56,9 @@ def main() -> None:
                 best[name, direction] = min(best.get((name, direction), seconds), seconds)
     for (name, direction), microseconds in best.items():
         share = microseconds / best["nn.BatchNorm2d", direction]
-        print(json.dumps({"layer": name, "direction": direction, "us": round(microseconds, 1), "share": round(share, 3)}))
+        print(
+            json.dumps({"layer": name, "direction": direction, "us": round(microseconds, 1), "share": round(share, 3)})
+        )
 
 
 if __name__ == "__main__":

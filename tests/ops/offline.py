@@ -27,7 +27,7 @@ from renorm.grouping import Grouping
 from renorm.limits import Limits
 from renorm.ops.problem import Inputs, Running, RunningState, Settings
 from renorm.ops.tracking import Rule
-from renorm.ops.triton import bound, launch
+from renorm.ops.triton import launch, plans
 
 _TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
@@ -35,6 +35,7 @@ _TYPES = {
 }  # fmt: skip
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _PROCESSORS = 132
+_SHOWN = ("E", "BC", "RUN", "W", "ACT", "CHANNELS_LAST", "PLANES", "MASKED", "RESIDUAL", "WRITES", "WRITTEN", "DIVISOR")
 
 
 class Layer(NamedTuple):
@@ -133,7 +134,9 @@ def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], capabi
         else:
             signature[name] = kernel.params[index].annotation_type
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "maxnreg": registers})
+    built = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "maxnreg": registers}
+    )
     with tempfile.TemporaryDirectory() as folder:
         ptx, architecture = Path(folder, "kernel.ptx"), f"sm_{capability}" + ("a" if capability == 90 else "")
         ptx.write_text(built.asm["ptx"])
@@ -172,8 +175,8 @@ def networks(name: str) -> Iterator[Layer]:
 
 
 def main() -> None:
-    bound.Launch.first = Recorder.first  # type: ignore[method-assign]
-    launch.processors = lambda device: _PROCESSORS
+    plans.Launch.first = Recorder.first  # type: ignore[method-assign]
+    plans.processors = lambda device: _PROCESSORS
     name, *capabilities = sys.argv[1:]
     for layer in networks(name):
         run(layer, evaluates=name == "all")
@@ -185,12 +188,7 @@ def main() -> None:
             continue
         seen.add(key)
         for capability in map(int, capabilities):
-            shape = {
-                name: str(options[name])
-                for name in ("E", "BC", "RUN", "W", "ACT", "CHANNELS_LAST", "PLANES", "MASKED", "RESIDUAL", "ACC", "WRITES",
-                             "WRITTEN", "DIVISOR")
-                if name in options
-            }  # fmt: skip
+            shape = {name: str(options[name]) for name in _SHOWN if name in options}
             print(json.dumps(compiled(kernel, args, options, capability) | shape), flush=True)
 
 

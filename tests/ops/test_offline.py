@@ -112,4 +112,3 @@ def test_what_is_not_data_is_a_twentieth_of_it_at_most(itemsize: int, channels_l
 )
 def test_tiles_are_as_wide_as_wastes_little(channels: int, width: int) -> None:
     assert cut(Layout(64, channels, 1225, True, 64, 1, 1), 2, _PROCESSORS, REGISTERS).width == width
-

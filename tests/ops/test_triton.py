@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 GROUPINGS = {"batch": (None, 1), "ghost": (2, 1), "batch-group": (2, 2), "group": (1, 2), "layer": (1, 4)}
-# In the interpreter a scan over columns takes milliseconds for each: as few as have planes within, across and over tiles.
+# As few positions as have planes within tiles, across and over several: the interpreter scans one in a millisecond.
 LAYOUTS = {"(N, C)": (), "short planes": (2, 2), "planes": (3, 3), "long planes": (21,)}
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish")
@@ -215,9 +215,7 @@ def test_limits_are_those_of_the_step(step: int, infinite: bool, in_three: bool)
     x = torch.randn(6, 4, 5, dtype=torch.float64) * 3 + 2
     outputs = []
     for train, known in ((launch.step, limits), (launch.normalize_and_track, limits.at(step))):
-        state = RunningState(
-            torch.zeros(4).double(), torch.ones(4).double(), torch.tensor(step), torch.tensor(0)
-        )
+        state = RunningState(torch.zeros(4).double(), torch.ones(4).double(), torch.tensor(step), torch.tensor(0))
         outputs.append(train(Inputs(x), Settings(Grouping(), 1e-5), state, known, Rule("std", 0.1))[0])
     torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
 

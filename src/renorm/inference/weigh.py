@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import signature
 from itertools import islice
@@ -19,7 +20,10 @@ from ..norm import Norm
 from .passes import ModelCall, forward, modes, progress, target
 from .report import Point, Weighing
 from .scores import Evaluation, ExampleScore, Judge, Metric
-from .search import best_of, next_place
+
+# Of the search for the best weight in [0, 1].
+_STEP, _TOLERANCE = 0.1, 0.01
+_GOLDEN = (3 - math.sqrt(5)) / 2
 
 Per = Literal["model", "stage", "layer"]
 
@@ -129,7 +133,7 @@ def _weigh(layers: dict[str, Norm], parts: list[list[Norm]], passes: _Passes, ju
     before = [layer.example_weight for layer in layers.values()]
     as_it_was = passes.evaluate()
     full, part = _one_for_all(list(layers.values()), passes, as_it_was if set(before) == {0.0} else None)
-    best = best_of(passes.values(full))
+    best = _best_of(passes.values(full))
     chosen, weights = full[best], [best] * len(layers)
     if parts:
         _restore(layers, weights)
@@ -153,13 +157,13 @@ def _one_for_all(
 
     full = {0.0: at_zero or at(0.0)}
     part = {alpha: at(alpha, passes.stride) for alpha in _GRID}
-    following: float | None = best_of(passes.values(part))
+    following: float | None = _best_of(passes.values(part))
     while following is not None:
         if following not in full:
             full[following] = at(following)
         if passes.number > _MOST_PASSES - 1:
             break
-        following = next_place(passes.values(full))
+        following = _next_place(passes.values(full))
     return full, part
 
 
@@ -169,12 +173,12 @@ def _one_for_each(parts: list[list[Norm]], passes: _Passes, start: Evaluation) -
     for layers in parts:
         known = {layers[0].example_weight: best}
         for _ in range(_PASSES_PER_PART):
-            following = next_place(passes.values(known))
+            following = _next_place(passes.values(known))
             if following is None:
                 break
             _set(layers, following)
             known[following] = passes.evaluate()
-        alpha = best_of(passes.values(known))
+        alpha = _best_of(passes.values(known))
         _set(layers, alpha)
         best = known[alpha]
     return best
@@ -266,3 +270,58 @@ def _restore(layers: dict[str, Norm], weights: Iterable[float]) -> None:
 
 def _points(found: Mapping[float, Evaluation]) -> tuple[Point, ...]:
     return tuple(Point(alpha, found[alpha].interval, found[alpha].examples) for alpha in sorted(found))
+
+
+def _best_of(known: Mapping[float, float]) -> float:
+    """Where the value is largest; of equals the smallest place.
+
+    Args:
+        known: value by place, at least one.
+
+    Returns:
+        The place.
+    """
+    return max(sorted(known), key=known.__getitem__)
+
+
+def _next_place(known: Mapping[float, float]) -> float | None:
+    """Where to look next: steps until the best lies between two others, then as Brent's method.
+
+    That takes the vertex of the parabola through the three, or else the golden section of the larger gap.
+
+    Args:
+        known: value by place, at least one.
+
+    Returns:
+        The place, or None where the best is known to within 0.01 on a smooth curve.
+    """
+    places = sorted(known)
+    best = _best_of(known)
+    at = places.index(best)
+    left = places[at - 1] if at > 0 else best
+    right = places[at + 1] if at + 1 < len(places) else best
+    if best > 0 and (left == best or best - left > 1.5 * _STEP):
+        return round(max(0.0, best - _STEP), 4)
+    if best < 1 and (right == best or right - best > 1.5 * _STEP):
+        return round(min(1.0, best + _STEP), 4)
+    following = _between(left, best, right, known)
+    return None if following is None else round(following, 4)
+
+
+def _between(left: float, best: float, right: float, known: Mapping[float, float]) -> float | None:
+    vertex = _vertex(left, best, right, known) if left < best < right else None
+    if vertex is not None and abs(vertex - best) < _TOLERANCE / 2:
+        return None
+    if vertex is not None and left + _TOLERANCE / 2 < vertex < right - _TOLERANCE / 2:
+        return vertex
+    if max(best - left, right - best) <= 2 * _TOLERANCE:
+        return None
+    return best - _GOLDEN * (best - left) if best - left > right - best else best + _GOLDEN * (right - best)
+
+
+def _vertex(left: float, best: float, right: float, known: Mapping[float, float]) -> float | None:
+    rise = (best - left) * (known[best] - known[right])
+    fall = (best - right) * (known[best] - known[left])
+    if rise == fall:
+        return None
+    return best - ((best - left) * rise - (best - right) * fall) / (rise - fall) / 2

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..moments import Moments, accumulation_dtype
 from ..transforms import is_transformed
 from . import aten, reference
-from .problem import CannotLaunch, Implementation, Inputs, RunningState, Settings
+from .problem import Implementation, Inputs, LaunchError, RunningState, Settings
 from .schema import implement
 
 _PLAIN = (Tensor, nn.Parameter)  # subclasses bring operations of their own
@@ -106,7 +106,7 @@ def planning_module(device: str) -> Any:
     return module if hasattr(module, "step") else None
 
 
-def give_up(device: str, error: CannotLaunch) -> None:
+def give_up(device: str, error: LaunchError) -> None:
     """Go on without the kernels of a kind of device, which do not run here.
 
     Args:
@@ -118,7 +118,9 @@ def give_up(device: str, error: CannotLaunch) -> None:
     """
     if available[device]:
         available[device] = False
-        warnings.warn(f"renorm goes by torch's own kernels from now on, since its own do not run here: {error}", stacklevel=4)
+        warnings.warn(
+            f"renorm goes by torch's own kernels from now on, since its own do not run here: {error}", stacklevel=4
+        )
 
 
 def take(x: Tensor, residual: Tensor | None = None) -> bool:

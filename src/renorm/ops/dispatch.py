@@ -11,7 +11,7 @@ from ..moments import Moments, accumulation_dtype
 from ..transforms import is_transformed, snapshot
 from . import backends, evaluation, kernels, reference
 from .composed import compose, finish
-from .problem import CannotLaunch, Correction, Inputs, Running, RunningState, Settings, Target, checked
+from .problem import Correction, Inputs, LaunchError, Running, RunningState, Settings, Target, checked
 from .tracking import Rule, move
 
 
@@ -43,7 +43,7 @@ def normalize(inputs: Inputs, settings: Settings, correction: Target | Correctio
     if backends.take(inputs.x, inputs.residual):
         try:
             return kernels.normalize(inputs, settings, correction)
-        except CannotLaunch as error:
+        except LaunchError as error:
             backends.give_up(inputs.x.device.type, error)
     if is_transformed() and not torch.compiler.is_compiling():
         y, moments, _ = reference.forward(inputs, settings, correction)
@@ -73,7 +73,7 @@ def train(inputs: Inputs, settings: Settings, state: RunningState, limits: Limit
         check_groups(inputs.x, settings.grouping, corrected=limits is not None)
         try:
             return kernels.step(inputs, settings, state, limits, rule)
-        except CannotLaunch as error:
+        except LaunchError as error:
             backends.give_up(inputs.x.device.type, error)
     y, moments = normalize(inputs, settings, target_of(inputs, state, limits))
     if inputs.x.numel() > 0:
@@ -105,7 +105,7 @@ def evaluate(inputs: Inputs, settings: Settings, running: Running, example_weigh
     if backends.take_evaluation(inputs, settings, example_weight):
         try:
             return kernels.evaluate(inputs, settings, running, example_weight)
-        except CannotLaunch as error:
+        except LaunchError as error:
             backends.give_up(inputs.x.device.type, error)
     return evaluation.evaluate(inputs, settings, running, example_weight)
 
@@ -127,7 +127,7 @@ def track(state: RunningState, moments: Moments, rule: Rule, settings: Settings)
     if backends.take_moments(moments, state):
         try:
             return kernels.track(state, moments, rule, settings)
-        except CannotLaunch as error:
+        except LaunchError as error:
             backends.give_up(moments.mean.device.type, error)
     move(state, moments, rule, settings)
     return None

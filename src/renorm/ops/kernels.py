@@ -17,7 +17,7 @@ from ..moments import Moments, accumulation_dtype
 from . import reference
 from .backends import give_up, planning_module
 from .composed import compose, finish
-from .problem import CannotLaunch, Correction, Inputs, Running, RunningState, Settings, Target
+from .problem import Correction, Inputs, LaunchError, Running, RunningState, Settings, Target
 from .schema import (
     BackwardArguments,
     Coefficients,
@@ -119,7 +119,7 @@ def _gradients(ctx: Any, dy: Tensor | None) -> _Found:
     arguments = BackwardArguments.of(dy, saved, settings, wants_residual and not is_dy)
     try:
         dx, dweight, dbias, dresidual = _OPS.normalize_backward.default(*arguments)
-    except CannotLaunch as error:
+    except LaunchError as error:
         give_up(saved.x.device.type, error)
         with torch.enable_grad():
             return _differentiable_gradients(dy, saved, settings, wanted)
@@ -247,7 +247,7 @@ class _StepByModule(torch.autograd.Function):
                 dx, dweight, dbias, dresidual = ctx.module.step_backward(
                     dy, (x, weight, mask, residual, y, kept), plan, settings, wanted[4] and not is_dy
                 )
-            except CannotLaunch as error:
+            except LaunchError as error:
                 give_up(x.device.type, error)
             else:
                 return (

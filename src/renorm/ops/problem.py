@@ -145,7 +145,7 @@ class Implementation(NamedTuple):
     backward: Callable[[Tensor, Inputs, Settings, Moments, Correction | None], Gradients]
 
 
-class CannotLaunch(RuntimeError):
+class LaunchError(RuntimeError):
     """Kernels that are there do not compile or run: no compiler, a dtype or chip that they do not know."""
 
 

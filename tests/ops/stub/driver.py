@@ -40,7 +40,7 @@ def activate(capability: tuple[int, int] = (9, 0), processors: int = 132) -> Non
 
     from renorm.ops import backends
     from renorm.ops.schema import implement
-    from renorm.ops.triton import launch
+    from renorm.ops.triton import plans
 
     class Stub(CudaDriver):
         def __init__(self) -> None:
@@ -51,7 +51,7 @@ def activate(capability: tuple[int, int] = (9, 0), processors: int = 132) -> Non
             self.set_current_device = lambda device: None
 
     triton.runtime.driver.set_active(Stub())
-    launch.processors = lambda device: processors
+    plans.processors = lambda device: processors
     path = "renorm.ops.triton.launch"
     backends.KERNELS["cpu"] = backends.Kernels(lambda: True, path)
     backends.available["cpu"] = True

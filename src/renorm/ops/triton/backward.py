@@ -69,7 +69,7 @@ def sum_gradients(
     K = units * DIVISOR
     split = tl.program_id(1)
     block, g = block_and_group(blocks)
-    above, first, rows = rows_of(g, split, N, S, per_group, G, share, PLANES)
+    _above, first, rows = rows_of(g, split, N, S, per_group, G, share, PLANES)
     column, channel, exists = columns_of(block, K, S, PLANES, W)
     C = K // S if PLANES else K
     at, row = g * C + channel, G * C
@@ -81,7 +81,7 @@ def sum_gradients(
     gradients, centereds, products = tl.zeros((E, W), ACC), tl.zeros((E, W), ACC), tl.zeros((E, W), ACC)
     full = rows // (CHUNK * E)
     for i in range(0, full):
-        gradient, centered, offsets, there, counted = _load_gradient(
+        gradient, centered, offsets, there, _counted = _load_gradient(
             dy, x, mask, residual, y, first + i * (CHUNK * E), CHUNK * E, column, channel, exists, center, scale,
             offset, K, S, CHUNK, E, PLANES, MASKED, RESIDUAL, FROM_Y, ACT, ACC,
         )  # fmt: skip
@@ -93,7 +93,7 @@ def sum_gradients(
         centereds += tl.sum(centered, 0)
         products += tl.sum(gradient * centered, 0)
     for start in range(full * CHUNK * E, rows, E):
-        gradient, centered, offsets, there, counted = _load_gradient(
+        gradient, centered, offsets, there, _counted = _load_gradient(
             dy, x, mask, residual, y, first + start, rows - start, column, channel, exists, center, scale, offset,
             K, S, 1, E, PLANES, MASKED, RESIDUAL, FROM_Y, ACT, ACC,
         )  # fmt: skip
@@ -110,9 +110,9 @@ def sum_gradients(
         slot = split * spans + block - channel * S // W
         position = column - channel * S
         begins = ((position == 0) | (column == block * W)).to(tl.int32)
-        ignored, one = tl.associative_scan((begins, one), 0, add_segments)
-        ignored, two = tl.associative_scan((begins, two), 0, add_segments)
-        ignored, three = tl.associative_scan((begins, three), 0, add_segments)
+        _begins, one = tl.associative_scan((begins, one), 0, add_segments)
+        _begins, two = tl.associative_scan((begins, two), 0, add_segments)
+        _begins, three = tl.associative_scan((begins, three), 0, add_segments)
         exists = exists & ((position == S - 1) | (column == block * W + W - 1))
     at, row = (g * C + channel) * slots + slot, G * C * slots
     tl.store(summed + at, one, mask=exists)
@@ -133,7 +133,7 @@ def _store_difference(
             CHUNK, E, PLANES, MASKED, False, False, 0, ACC,
         )  # fmt: skip
     else:
-        gradient, centered, offsets, there, counted = _load_gradient(
+        gradient, centered, offsets, there, _counted = _load_gradient(
             dy, x, mask, residual, y, first, rows, column, channel, exists, center, scale, offset, K, S,
             CHUNK, E, PLANES, MASKED, RESIDUAL, FROM_Y, ACT, ACC,
         )  # fmt: skip
@@ -155,7 +155,7 @@ def differentiate(
     K = units * DIVISOR
     split = tl.program_id(1)
     block, g = block_and_group(blocks)
-    above, first, rows = rows_of(g, split, N, S, per_group, G, share, PLANES)
+    _above, first, rows = rows_of(g, split, N, S, per_group, G, share, PLANES)
     column, channel, exists = columns_of(block, K, S, PLANES, W)
     C = K // S if PLANES else K
     at, row = g * C + channel, G * C
@@ -220,9 +220,7 @@ def differentiate_whole(
         counted = exists & (tl.load(mask + at_mask, mask=exists, other=0) != 0)
     gradient = tl.load(dy + offsets, mask=exists, other=0.0).to(ACC)
     centered = tl.load(x + offsets, mask=exists, other=0.0).to(ACC) - center
-    gradient = _gradient(
-        gradient, centered, residual, y, offsets, exists, scale, offset, RESIDUAL, FROM_Y, ACT, ACC
-    )
+    gradient = _gradient(gradient, centered, residual, y, offsets, exists, scale, offset, RESIDUAL, FROM_Y, ACT, ACC)
     gradient, centered = tl.where(counted, gradient, 0.0), tl.where(counted, centered, 0.0)
     if WRITES:
         stored = gradient.to(dresidual.dtype.element_ty)

@@ -1,7 +1,7 @@
 """Normalization of a batch on a GPU, in three kernels: measure, settle (in `settle`), apply.
 
-The programs of the last take what those of the first took, and each the last row first, so that they begin with what the
-second-level cache still holds. Where a program can hold a channel of a group, one kernel does all.
+The programs of the last take what those of the first took, and each the last row first, so that they begin with what
+the second-level cache still holds. Where a program can hold a channel of a group, one kernel does all.
 """
 
 from __future__ import annotations
@@ -55,7 +55,12 @@ def measure(
             three = tl.load(here + 2 * step + inside, mask=ok, other=0.0)
             four = tl.load(here + 3 * step + inside, mask=ok, other=0.0)
             here += 4 * step
-            one, two, three, four = one.to(ACC) - shift, two.to(ACC) - shift, three.to(ACC) - shift, four.to(ACC) - shift
+            one, two, three, four = (
+                one.to(ACC) - shift,
+                two.to(ACC) - shift,
+                three.to(ACC) - shift,
+                four.to(ACC) - shift,
+            )
             mean = ((one + two) + (three + four)) * 0.25
             one, two, three, four = one - mean, two - mean, three - mean, four - mean
             share_of_new = tl.full((), 1, ACC) / (i + 1)
@@ -134,7 +139,7 @@ def apply(
     K = units * DIVISOR
     block, g = block_and_group(blocks)
     split = tl.program_id(1)
-    _, first, rows = rows_of(g, split, N, S, per_group, G, share, PLANES)
+    _above, first, rows = rows_of(g, split, N, S, per_group, G, share, PLANES)
     column, channel, exists = columns_of(block, K, S, PLANES, W)
     C = K // S if PLANES else K
     at, row = g * C + channel, G * C
@@ -183,9 +188,7 @@ def apply_whole(
     at = g * C + c
     high_r, high_d = tl.full((), 1.0, ACC), tl.full((), 0.0, ACC)
     if SOURCE == 1:
-        high_r, high_d = limits_now(
-            steps, r_given, d_given, r_max, d_max, start, r_end, d_end, LIMITS, ACC
-        )
+        high_r, high_d = limits_now(steps, r_given, d_given, r_max, d_max, start, r_end, d_end, LIMITS, ACC)
     center, scale, offset, r, d, inverse_sigma = coefficients_of(
         shift, rest, variance, counts, c, C, at, weight, bias, running_mean, running_var, r_given, d_given,
         high_r, high_d, alpha, EPS, SOURCE, WEIGHT, BIAS,

@@ -37,9 +37,7 @@ def settle(
     at = g * C + c
     high_r, high_d = tl.full((), 1.0, ACC), tl.full((), 0.0, ACC)
     if SOURCE == 1:
-        high_r, high_d = limits_now(
-            steps, r_given, d_given, r_max, d_max, start, r_end, d_end, LIMITS, ACC
-        )
+        high_r, high_d = limits_now(steps, r_given, d_given, r_max, d_max, start, r_end, d_end, LIMITS, ACC)
     center, scale, offset, r, d, inverse_sigma = coefficients_of(
         shift, rest, variance, counts, c, C, at, weight, bias, running_mean, running_var, r_given, d_given,
         high_r, high_d, alpha, EPS, SOURCE, WEIGHT, BIAS,
@@ -84,9 +82,7 @@ def settle_sharing(
         for i in range(0, k, BC):
             own = i + tl.arange(0, BC) < k
             c = tl.minimum(first + i + tl.arange(0, BC), first + k - 1)
-            shift, rest, _, counts = moments_of_slots(
-                measured, g, c, C, S, G, slots, spans, PLANES, W, BC, SLOTS, ACC
-            )
+            shift, rest, _, counts = moments_of_slots(measured, g, c, C, S, G, slots, spans, PLANES, W, BC, SLOTS, ACC)
             if i == 0:
                 near = tl.sum(tl.where((c == first) & own, shift, 0.0), 0)
                 counted = tl.max(counts, 0)
@@ -94,9 +90,7 @@ def settle_sharing(
         for i in range(0, k, BC):
             own = i + tl.arange(0, BC) < k
             c = tl.minimum(first + i + tl.arange(0, BC), first + k - 1)
-            shift, rest, each, _ = moments_of_slots(
-                measured, g, c, C, S, G, slots, spans, PLANES, W, BC, SLOTS, ACC
-            )
+            shift, rest, each, _ = moments_of_slots(measured, g, c, C, S, G, slots, spans, PLANES, W, BC, SLOTS, ACC)
             apart = ((shift - near) + rest) - merged
             variance += tl.sum(tl.where(own, each + apart * apart, 0.0), 0) / k
             if KEEPS:
@@ -108,9 +102,7 @@ def settle_sharing(
         known_mean, known_var = _merge_running(running_mean, running_var, first, k, ACC, BC)
     high_r, high_d = tl.full((), 1.0, ACC), tl.full((), 0.0, ACC)
     if SOURCE == 1:
-        high_r, high_d = limits_now(
-            steps, r_given, d_given, r_max, d_max, start, r_end, d_end, LIMITS, ACC
-        )
+        high_r, high_d = limits_now(steps, r_given, d_given, r_max, d_max, start, r_end, d_end, LIMITS, ACC)
     r, d = tl.full((), 1.0, ACC), tl.zeros((), ACC)
     if SOURCE == 2:
         r = tl.load(r_given + g * (C // k) + j).to(ACC)

@@ -1,9 +1,9 @@
 """How a tensor is cut for the kernels, and the elements of a tile.
 
-To the kernels a dense tensor is a matrix: where channels come last, (N * S) rows of C columns; where the positions of a
-channel lie side by side, N rows of C * S columns, several of them of one channel. Its rows are cut by groups of examples
-and shared by programs, its columns into blocks of equal width that begin where vectors of 16 bytes do, whatever the
-planes measure. So both layouts, and planes of 7 x 7, are read by whole vectors.
+To the kernels a dense tensor is a matrix: where channels come last, (N * S) rows of C columns; where the positions of
+a channel lie side by side, N rows of C * S columns, several of them of one channel. Its rows are cut by groups of
+examples and shared by programs, its columns into blocks of equal width that begin where vectors of 16 bytes do,
+whatever the planes measure. So both layouts, and planes of 7 x 7, are read by whole vectors.
 
 Where a program can hold all that a channel has in a group, it does, in a tile of its own shape.
 """
@@ -24,8 +24,8 @@ _THREADS_PER_WARP = 32
 _WARPS = 8  # of a program
 _WARPS_OF_PLANES = 4
 _REGISTERS_PER_PROCESSOR = 65_536
-# Of a thread. 80 leave room for 24 warps, which with four loads each have 48 KB on the way, twice what a processor of an
-# H200 needs to keep its share of the memory busy.
+# Of a thread. 80 leave room for 24 warps, which with four loads each have 48 KB on the way, twice what a processor of
+# an H200 needs to keep its share of the memory busy.
 REGISTERS, MORE_REGISTERS = 80, 128
 _CHANNELS = (64, 32, 16)  # of a tile where they come last: the widest that wastes no more than a fifth of it
 _CHUNK = 4  # tiles that are loaded together
@@ -185,9 +185,7 @@ def cut(layout: Layout, itemsize: int, processors: int, registers: int) -> Cut:
     spans = 1
     if not layout.channels_last:
         spans = _most_blocks(layout.positions, width)
-    return Cut(
-        height, width, blocks, triton.cdiv(rows, share), share, spans, gcd(layout.columns, _VECTOR_BYTES), warps
-    )
+    return Cut(height, width, blocks, triton.cdiv(rows, share), share, spans, gcd(layout.columns, _VECTOR_BYTES), warps)
 
 
 def _width_for(channels: int) -> int:
@@ -244,8 +242,7 @@ def columns_of(block, K, S, PLANES: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def tile_at(column, exists, rows, K, CHUNK: tl.constexpr, E: tl.constexpr):
-    """Offsets of the elements of a chunk of tiles, (CHUNK, E, W), and which of them exist; all of its rows if CHUNK > 1,
-    else so many."""
+    """Offsets of the elements of a chunk of tiles, (CHUNK, E, W), and which exist: of a single tile so many rows."""
     row = (tl.arange(0, CHUNK) * E)[:, None, None] + tl.arange(0, E)[None, :, None]
     there = exists[None, None, :]
     if CHUNK == 1:
@@ -257,10 +254,7 @@ def tile_at(column, exists, rows, K, CHUNK: tl.constexpr, E: tl.constexpr):
 def counted_at(mask, first, column, channel, S, there, PLANES: tl.constexpr, CHUNK: tl.constexpr, E: tl.constexpr):
     """Which elements of a chunk count, by the mask (N, S); its first row is `first` of the matrix."""
     row = first + (tl.arange(0, CHUNK) * E)[:, None, None] + tl.arange(0, E)[None, :, None]
-    if PLANES:
-        at = row * S + (column - channel * S)[None, None, :]
-    else:
-        at = row + (column * 0)[None, None, :]
+    at = row * S + (column - channel * S)[None, None, :] if PLANES else row + (column * 0)[None, None, :]
     return there & (tl.load(mask + at, mask=there, other=0) != 0)
 
 
