@@ -68,7 +68,9 @@ def _makes_a_tensor(function: ast.expr) -> bool:
 def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
     """Functions and methods, but for constructors, Triton's kernels and what torch calls with lists of its own."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef) and any(ast.unparse(d) == "triton.jit" for d in node.decorator_list):
+        if isinstance(node, ast.FunctionDef) and any(
+            ast.unparse(d).startswith("triton.jit") for d in node.decorator_list
+        ):
             continue
         if isinstance(node, ast.ClassDef) and any("autograd.Function" in ast.unparse(base) for base in node.bases):
             continue

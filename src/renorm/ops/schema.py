@@ -114,7 +114,8 @@ class NormalizeArguments(NamedTuple):
         if isinstance(correction, Correction):
             return (*inputs, None, None, None, None, *correction, *_flat(settings))
         mean, var, r_max, d_max = correction
-        return (*inputs, mean, var, _as_tensor(r_max), _as_tensor(d_max), None, None, *_flat(settings))
+        device = inputs.x.device
+        return (*inputs, mean, var, _as_tensor(r_max, device), _as_tensor(d_max, device), None, None, *_flat(settings))
 
     def read(self) -> tuple[Inputs, Settings, Target | Correction | None]:
         correction: Target | Correction | None = None
@@ -234,7 +235,7 @@ class StepArguments(NamedTuple):
     def of(
         cls, inputs: Inputs, settings: Settings, state: RunningState, limits: tuple[Any, Any] | None, rule: Rule
     ) -> tuple[Any, ...]:
-        r_max, d_max = (None, None) if limits is None else map(_as_tensor, limits)
+        r_max, d_max = (None, None) if limits is None else (_as_tensor(limit, inputs.x.device) for limit in limits)
         return (*inputs, *state, r_max, d_max, *_flat(settings), *rule)
 
     def read(self) -> tuple[Inputs, Settings, RunningState, tuple[Any, Any] | None, Rule]:
@@ -254,11 +255,12 @@ def _settings(examples_per_group: int | None, channels_per_group: int, eps: floa
     return Settings(Grouping(examples_per_group, channels_per_group), eps, None if act == "none" else act)
 
 
-def _as_tensor(limit: float | Tensor) -> Tensor:
+def _as_tensor(limit: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(limit, Tensor):
         return limit
-    compiling = torch.compiler.is_compiling()
-    return torch.tensor(limit, dtype=torch.float64, device="cpu") if compiling else _constant(limit)
+    if torch.compiler.is_compiling():  # where x is: a graph of launches has no place for the host's tensors
+        return torch.full((), limit, dtype=torch.float64, device=device)
+    return _constant(limit)
 
 
 @lru_cache(maxsize=64)

@@ -133,7 +133,7 @@ def _store_difference(
             CHUNK, E, PLANES, MASKED, False, False, 0, ACC,
         )  # fmt: skip
     else:
-        gradient, centered, offsets, there, _counted = _load_gradient(
+        gradient, centered, offsets, there, counted = _load_gradient(
             dy, x, mask, residual, y, first, rows, column, channel, exists, center, scale, offset, K, S,
             CHUNK, E, PLANES, MASKED, RESIDUAL, FROM_Y, ACT, ACC,
         )  # fmt: skip

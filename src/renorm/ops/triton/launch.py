@@ -196,7 +196,7 @@ def normalize_backward(
     plans = _plans.get(key)
     if plans is None:
         plans = _remember(key, {})
-    dx, dweight, dbias, dresidual = _backward(plans, dy, read, (), grouping, act, wants_residual)
+    dx, dweight, dbias, dresidual = _backward(plans, dy, read, (), Settings(grouping, 0.0, act), wants_residual)
     return dx, dweight, dbias, x.new_empty(0) if dresidual is None else dresidual
 
 
@@ -213,16 +213,18 @@ def step_backward(
     read = (x, _bytes_of(mask), None if residual is None else laid_out_as(x, residual),
             None if y is None else laid_out_as(x, y), weight, kept, None)  # fmt: skip
     begins, itemsize = plan.kept.begins, plan.kept.itemsize
-    return _backward(
-        plan.backwards, dy, read, (begins[2] * itemsize, begins[3] * itemsize), settings.grouping, settings.act,
-        wants_residual,
-    )  # fmt: skip
+    offsets = begins[2] * itemsize, begins[3] * itemsize
+    return _backward(plan.backwards, dy, read, offsets, settings, wants_residual)
 
 
 def _backward(
-    plans: dict[Any, Any], dy: Tensor, read: tuple[Tensor | None, ...], offsets: tuple[int, ...], grouping: Grouping,
-    act: Activation | None, wants_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    plans: dict[Any, Any],
+    dy: Tensor,
+    read: tuple[Tensor | None, ...],
+    offsets: tuple[int, ...],
+    settings: Settings,
+    wants_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients from x, mask, residual, y, weight, count and coefficients; the last two may lie in one buffer, which
     is then in the place of count, and they at these offsets, in bytes."""
     x: Any = read[0]
@@ -233,7 +235,7 @@ def _backward(
     key = (wants_residual, *kinds_of(given, places))
     plan: BackwardPlan | None = plans.get(key)
     if plan is None:
-        plan = plans[key] = make_backward(x, grouping, act, given, wants_residual)
+        plan = plans[key] = make_backward(x, settings.grouping, settings.act, given, wants_residual)
     layout, wide = plan.layout, plan.wide
     dx, dresidual = torch.empty_like(x), torch.empty_like(x) if wants_residual else None
     total = x.new_empty((2, layout.channels), dtype=wide)
