@@ -4,7 +4,7 @@ from . import functional, optim, samplers
 from .blocks import accumulate, freeze
 from .conversion.convert import ConversionReport, convert, to_batchnorm
 from .conversion.recipe import recipe
-from .conversion.state_dicts import translate_state_dict
+from .conversion.state_dicts import merge, translate_state_dict
 from .inference.estimate import estimate
 from .inference.report import Weighing
 from .inference.weigh import weigh
@@ -70,6 +70,7 @@ __all__ = [
     "functional",
     "inspect",
     "joinables",
+    "merge",
     "optim",
     "recipe",
     "recommend",

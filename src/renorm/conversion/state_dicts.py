@@ -1,10 +1,10 @@
-"""Checkpoints of other people's batch renormalization, under the names of ours."""
+"""State dicts: those of other people's batch renormalization under the names of ours, and several as one."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..modules import tracks
 from ..moments import accumulation_dtype
 
-__all__ = ["translate_state_dict"]
+__all__ = ["merge", "translate_state_dict"]
+
+What = Literal["all", "statistics", "shared"]
 
 _NAMES = {
     "weight": ("weight", "gamma", "scale"),
@@ -87,6 +89,88 @@ def translate_state_dict(
         for own, value in _translate(state, keys[module], name, layers[name], steps).items():
             result[f"{name}.{own}" if name else own] = value
     return result
+
+
+def merge(
+    state_dicts: Sequence[Mapping[str, Tensor]], counts: Sequence[float] | None = None, what: What = "all"
+) -> dict[str, Tensor]:
+    """One state dict of several: weights averaged, running statistics as those of all data together.
+
+    For federated rounds and for averages of checkpoints. An average of running variances leaves out how far the means
+    lie apart, which is the larger part where every client has classes of its own; the law of total variance has both.
+
+    Args:
+        state_dicts: of models of one architecture, of our layers or nn.BatchNorm; not changed.
+        counts: share of each in the result, the number of its examples, say, at least 0; None for equal shares.
+        what: "all"; "statistics" for the running statistics alone, where everyone keeps the weights; or "shared" for
+            everything but the norm layers, where these stay each client's own (FedBN). What is left out stays as it is
+            with `load_state_dict(..., strict=False)`.
+
+    Returns:
+        A state dict, in the dtypes and on the devices of the first. Numbers that are no floats are the largest of all:
+        steps go on where the furthest is.
+
+    Raises:
+        ValueError: there are none, they have other names or shapes than each other, counts do not fit, or `what` is
+            something else.
+
+    Source:
+        Law of total variance; Li et al. 2021, "FedBN", for layers that stay local.
+
+    Example:
+        >>> first, second = torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1)
+        >>> for layer, batch in ((first, [[0.0], [2.0]]), (second, [[10.0], [12.0]])):
+        ...     layer.momentum = None
+        ...     _ = layer(torch.tensor(batch))
+        >>> merge([first.state_dict(), second.state_dict()])["running_var"]
+        tensor([27.])
+    """
+    if what not in get_args(What):
+        raise ValueError(f"what must be 'all', 'statistics' or 'shared', got {what!r}")
+    shares = _shares(len(state_dicts), counts)
+    first = state_dicts[0]
+    for i, other in enumerate(state_dicts):
+        apart = sorted(first.keys() ^ other.keys()) or [key for key in first if first[key].shape != other[key].shape]
+        if apart:
+            raise ValueError(f"state_dicts must have the same names and shapes, got another {apart[0]!r} in number {i}")
+    layers = {_split(key)[0] for key in first if _split(key)[1] == "running_var"}
+    result = {}
+    for key, value in first.items():
+        layer, name = _split(key)
+        is_statistic = layer in layers and name in ("running_mean", "running_var", "num_batches_tracked")
+        if (what == "statistics" and not is_statistic) or (what == "shared" and layer in layers):
+            continue
+        values = [other[key] for other in state_dicts]
+        if not value.is_floating_point():
+            result[key] = torch.stack([each.to(value.device) for each in values]).amax(0)
+            continue
+        merged = _weighted(values, shares)
+        if layer in layers and name == "running_var":
+            means = [other[f"{layer}.running_mean" if layer else "running_mean"] for other in state_dicts]
+            mean = _weighted(means, shares)
+            merged = merged + _weighted([(each.double().to(mean.device) - mean).square() for each in means], shares)
+        result[key] = merged.to(value.dtype)
+    return result
+
+
+def _shares(number: int, counts: Sequence[float] | None) -> list[float]:
+    if number == 0:
+        raise ValueError("state_dicts must have at least one, got none")
+    if counts is None:
+        return [1 / number] * number
+    if len(counts) != number or min(counts) < 0 or not 0 < sum(counts) < float("inf"):
+        raise ValueError(
+            f"counts must be one number of at least 0 for each of the {number} state dicts, and not all 0, got {counts}"
+        )
+    return [count / sum(counts) for count in counts]
+
+
+def _weighted(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for tensor, share in zip(tensors, shares, strict=True):
+        if share > 0:  # nothing times a share of 0, which may not be finite
+            total += share * tensor.to(total.device, torch.float64)
+    return total
 
 
 def _split(key: str) -> tuple[str, str]:
