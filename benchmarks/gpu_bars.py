@@ -39,7 +39,7 @@ def read(path: Path) -> list[Result]:
 
 def ratios(results: list[Result], above: str, below: str, **wanted: Any) -> dict[str, float]:
     """Times of a contender over another's, by case, among layers with these properties."""
-    rows = [row for row in results if row["phase"] == "layers" and all(row[name] == wanted[name] for name in wanted)]
+    rows = [row for row in results if all(row.get(name) == wanted[name] for name in wanted)]
     cases: dict[str, dict[str, float]] = {}
     for row in rows:
         case = f"{row['shape']} {row['layout']} {row['dtype']}"
@@ -47,9 +47,13 @@ def ratios(results: list[Result], above: str, below: str, **wanted: Any) -> dict
     return {case: times[above] / times[below] for case, times in cases.items() if above in times and below in times}
 
 
+def _layers(results: list[Result]) -> list[Result]:
+    return [row for row in results if row["phase"] == "layers" and "ms" in row]
+
+
 def bandwidth_shares(results: list[Result]) -> dict[str, float]:
     """Share of the copy's bandwidth, least bytes counted, of layers over 64 MB."""
-    large = [row for row in results if row["phase"] == "layers" and row["megabytes"] > _COPY_BOUND_MB]
+    large = [row for row in _layers(results) if row["megabytes"] > _COPY_BOUND_MB]
     times = ratios(large, OURS, COPY, variant=NORM, mode="graph")
     return {case: PASSES / PASSES_OF_COPY / ratio for case, ratio in times.items()}
 
@@ -63,8 +67,8 @@ def bars(results: list[Result]) -> Iterator[tuple[str, float, float | None, bool
     Yields:
         What it is, its bound, the value, None where nothing was measured, and whether it is met.
     """
-    large = [row for row in results if row["phase"] == "layers" and row["megabytes"] > _LARGE_MB]
-    small = [row for row in results if row["phase"] == "layers" and row["megabytes"] <= _LARGE_MB]
+    large = [row for row in _layers(results) if row["megabytes"] > _LARGE_MB]
+    small = [row for row in _layers(results) if row["mode"] == "eager"]
 
     def bar(name: str, bound: float, values: Any, reduce: Any = geometric_mean, least: bool = False) -> Any:
         values = list(values.values()) if isinstance(values, Mapping) else list(values)
@@ -107,12 +111,15 @@ def summary(results: list[Result], ends: Mapping[str, str]) -> str:
     for name, bound, value, met in bars(results):
         found = "not measured" if value is None else f"{value:.3f}"
         lines.append(f"{name:<58}{bound:>6.2f}  {found:>12}  {'' if met is None else 'met' if met else 'MISSED'}")
-    worst = sorted(ratios(results, OURS, TORCHS, variant=NORM, mode="graph").items(), key=lambda item: -item[1])[:6]
+    worst = sorted(
+        ratios(_layers(results), OURS, TORCHS, variant=NORM, mode="graph").items(), key=lambda item: -item[1]
+    )[:6]
     lines += ["", "worst over nn.BatchNorm2d:", *(f"  {case}: {ratio:.2f}" for case, ratio in worst)]
     cases = [row for row in results if row["phase"] == "correctness"]
     wrong = [row for row in cases if not row["right"]]
     lines += ["", f"correctness: {len(cases)} cases, {len(wrong)} wrong"]
     lines += [f"  {row['case']}: {row.get('failure') or row['error']}" for row in wrong[:12]]
+    lines += [row["failure"] for row in results if row["phase"] != "correctness" and "failure" in row][:12]
     return "\n".join(lines) + "\n"
 
 

@@ -10,9 +10,11 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +87,22 @@ class Timer:
                 found[name].append(self.once(step))
         return {name: middle(seconds) for name, seconds in found.items()}
 
+    def eager(self, steps: dict[str, Callable[[], object]], rounds: int = 9, number: int = 50) -> dict[str, float]:
+        """Median milliseconds of steps one after the other, the host's part and all."""
+        rounds, number = (1, 1) if self.task.dry else (rounds, number)
+        found: dict[str, list[float]] = {name: [] for name in steps}
+        for step in steps.values():
+            step()
+        for _ in range(rounds):
+            for name, step in steps.items():
+                synchronize(self.task)
+                start = time.perf_counter()
+                for _ in range(number):
+                    step()
+                synchronize(self.task)
+                found[name].append((time.perf_counter() - start) / number)
+        return {name: middle(seconds) for name, seconds in found.items()}
+
 
 def captured(task: Task, step: Callable[[], object]) -> Callable[[], object]:
     """The step as a graph of launches, so that the host does not count."""
@@ -126,11 +144,11 @@ def environment(task: Task) -> Iterator[Result]:
         leaves, dy, best = [x, *layer.parameters()], torch.ones_like(x), float("inf")
         for _ in range(2 if task.dry else 20):
             synchronize(task)
-            start = time.thread_time()
+            start = time.perf_counter()  # of both threads: autograd has one of its own for a device
             number = 1 if task.dry else 30
             for _ in range(number):
                 torch.autograd.grad(layer(x), leaves, dy)
-            best = min(best, (time.thread_time() - start) / number)
+            best = min(best, (time.perf_counter() - start) / number)
         yield {"host_us": round(1e6 * best, 1), "layer": name}
 
 
@@ -153,21 +171,27 @@ def cases(dry: bool) -> list[Case]:
     groupings: tuple[dict[str, int], ...] = (
         {}, {"examples_per_group": 4}, {"channels_per_group": 4}, {"examples_per_group": 4, "channels_per_group": 2},
     )  # fmt: skip
-    small, large = (8, 8, 3, 3), ((4, 8, 4, 4) if dry else (32, 72, 33, 35))
+    small, large = (8, 8, 3, 3), ((4, 8, 4, 4) if dry else (24, 72, 17, 19))
+    settings = ((None, False), ("relu", True), ("silu", True), ("relu", False))
     found = [
         Case(dtype, last, grouping, masked, act, residual, shape)
-        for shape in (small, large)
+        for shape in (large, small)
         for masked, (act, residual), grouping, last, dtype in itertools.product(
-            (False, True), ((None, False), ("relu", True), ("silu", True), ("relu", False)), groupings, (True, False),
-            dtypes,
+            (False, True), settings, groupings, (True, False), dtypes
+        )
+    ]
+    kinds = ("sliced", "gradient of the other layout", "not on 16 bytes")
+    first = [
+        Case(torch.float32, last, grouping, masked, act, residual, shape, kind)
+        for last in (True, False)
+        for shape, grouping, masked, (act, residual), kind in (
+            (large, {}, False, settings[0], ""), (large, {}, False, settings[1], ""),
+            (large, {}, True, settings[2], ""), (large, groupings[1], False, settings[3], ""), (large, groupings[3], False, settings[1], ""),
+            (small, {}, False, settings[1], ""), (small, groupings[1], True, settings[2], ""),
+            *((large, {}, False, settings[1], kind) for kind in kinds),
         )
     ]  # fmt: skip
-    found.sort(key=lambda case: (case.masked + bool(case.grouping) + case.residual, case.shape != large))
-    kinds = ("sliced", "gradient of the other layout", "not on 16 bytes")
-    irregular = [
-        Case(torch.float32, last, {}, False, "relu", True, large, kind) for kind in kinds for last in (True, False)
-    ]
-    return (found[:6] + irregular[:2]) if dry else found[:12] + irregular + found[12:]
+    return first[:8] if dry else [*first, *(case for case in found if case not in first)]
 
 
 def errors(case: Case, device: torch.device) -> dict[str, float]:
@@ -215,7 +239,11 @@ def arranged(value: Tensor, case: Case, name: str) -> Tensor:
 
 
 def correctness(task: Task) -> Iterator[Result]:
-    """Layers against the same in float64, case by case."""
+    """How layers conduct themselves, then layers against the same in float64: first a case of every kernel."""
+    try:
+        yield from conduct(task)
+    except Exception as failure:
+        yield {"case": "conduct", "right": False, "failure": f"{type(failure).__name__}: {failure}"[:300]}
     for case in cases(task.dry):
         if task.is_over:
             return
@@ -230,7 +258,6 @@ def correctness(task: Task) -> Iterator[Result]:
         name, error = max(found.items(), key=lambda item: item[1] if item[1] == item[1] else float("inf"))
         bound = _BOUNDS[case.dtype] * (10 if name in ("dweight", "dbias") else 1)
         yield {"case": text, "error": f"{name} {error:.1e}", "right": bool(error <= bound)}
-    yield from conduct(task)
 
 
 def conduct(task: Task) -> Iterator[Result]:
@@ -307,7 +334,7 @@ def roofline(task: Task) -> Iterator[Result]:
                        "shape": f"{channels}x{size}", "layout": name, "megabytes": x.nbytes / 1e6}  # fmt: skip
 
 
-def contenders(channels: int, variant: str, device: torch.device) -> dict[str, nn.Module]:
+def contenders(channels: int, variant: str, device: torch.device, grouped: bool) -> dict[str, nn.Module]:
     """Layers to compare."""
     limits = renorm.Limits.constant()
 
@@ -335,10 +362,11 @@ def contenders(channels: int, variant: str, device: torch.device) -> dict[str, n
         found = {SEQUENCE: Sequence(nn.BatchNorm2d(channels)), OURS: Fused()}
     else:
         found = {
-            TORCHS: nn.BatchNorm2d(channels), OURS: renorm.BatchRenorm2d(channels, limits=limits),
-            "ghost": renorm.BatchRenorm2d(channels, limits=limits, examples_per_group=16),
-            "batch-group": renorm.BatchGroupNorm2d(channels, 16, examples_per_group=16),
+            TORCHS: nn.BatchNorm2d(channels), OURS: renorm.BatchRenorm2d(channels, limits=limits)
         }  # fmt: skip
+        if grouped:
+            found["ghost"] = renorm.BatchRenorm2d(channels, limits=limits, examples_per_group=16)
+            found["batch-group"] = renorm.BatchGroupNorm2d(channels, 16, examples_per_group=16)
     return {name: module.to(device).train() for name, module in found.items()}
 
 
@@ -354,34 +382,49 @@ def layers(task: Task) -> Iterator[Result]:
             key=lambda each: -torch.Size(each[1]).numel(),
         )  # fmt: skip
     large = [(network, shape, "graph") for network, shape in sizes]
+    small = [("small", shape, "eager") for shape in (_SMALL[:1] if task.dry else _SMALL)]
+    grouped = {shape for _, shape in sizes[:: max(1, len(sizes) // 3)]}
     for (network, shape, mode), (dtype, layout), variant in itertools.product(
-        [*large, *(("small", shape, "eager") for shape in (_SMALL[:1] if task.dry else _SMALL))],
-        itertools.product(_DTYPES, LAYOUTS), (NORM, FUSED),
-    ):  # fmt: skip
+        [*small, *large], itertools.product(_DTYPES, LAYOUTS), (NORM, FUSED)
+    ):
         if task.is_over:
             return
-        shape = (2, 16, 3, 3) if task.dry else shape
-        x = torch.randn(shape, device=task.device, dtype=_DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
-        residual, dy = torch.randn_like(x).requires_grad_(), torch.randn_like(x)
-        x.requires_grad_()
-        given = (x, residual) if variant == FUSED else (x,)
-        steps: dict[str, Callable[[], object]] = {}
-        for name, layer in contenders(shape[1], variant, task.device).items():
-            leaves = [*given, *layer.parameters()]
+        if mode == "eager" and variant == FUSED:
+            continue
+        size = (2, 16, 3, 3) if task.dry else shape
+        common = {"network": network, "shape": "x".join(map(str, size)), "layout": layout, "dtype": dtype,
+                  "variant": variant, "mode": mode}  # fmt: skip
+        try:
+            x, steps = layer_steps(task, size, _DTYPES[dtype], layout, variant, shape in grouped)
+            if mode == "graph":
+                times = timer.all({name: captured(task, step) for name, step in steps.items()})
+            else:
+                times = timer.eager(steps)
+        except Exception as failure:
+            yield {"failure": f"{common}: {type(failure).__name__}: {failure}"[:300]}
+            continue
+        for name, milliseconds in times.items():
+            yield common | {"megabytes": round(x.nbytes / 1e6, 3), "contender": name, "ms": milliseconds}
 
-            def step(
-                layer: nn.Module = layer, leaves: list[Tensor] = leaves, given: Any = given, dy: Tensor = dy
-            ) -> object:
-                return torch.autograd.grad(layer(*given), leaves, dy)
 
-            steps[name] = captured(task, step) if mode == "graph" else step
-        if variant == NORM:
-            plain = x.detach()
-            steps[COPY] = captured(task, plain.clone) if mode == "graph" else plain.clone
-        common = {"network": network, "shape": "x".join(map(str, shape)), "megabytes": round(x.nbytes / 1e6, 3),
-                  "layout": layout, "dtype": dtype, "variant": variant, "mode": mode}  # fmt: skip
-        for name, milliseconds in timer.all(steps).items():
-            yield common | {"contender": name, "ms": milliseconds}
+def layer_steps(
+    task: Task, shape: tuple[int, ...], dtype: torch.dtype, layout: str, variant: str, grouped: bool
+) -> tuple[Tensor, dict[str, Callable[[], object]]]:
+    """The input, and forward with backward of each contender."""
+    x = torch.randn(shape, device=task.device, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
+    residual, dy = torch.randn_like(x).requires_grad_(), torch.randn_like(x)
+    x.requires_grad_()
+    given = (x, residual) if variant == FUSED else (x,)
+    steps: dict[str, Callable[[], object]] = {}
+    for name, layer in contenders(shape[1], variant, task.device, grouped).items():
+
+        def step(layer: nn.Module = layer) -> object:
+            return torch.autograd.grad(layer(*given), [*given, *layer.parameters()], dy)
+
+        steps[name] = step
+    if variant == NORM:
+        steps[COPY] = x.detach().clone
+    return x, steps
 
 
 def network(task: Task) -> nn.Module:
@@ -434,8 +477,15 @@ def resnet50(task: Task) -> Iterator[Result]:
 
 def compiled(task: Task) -> Iterator[Result]:
     """Training steps under torch.compile."""
-    batch = 2 if task.dry else 128
-    for name, milliseconds in Timer(task).all(training_steps(task, batch, compiles=True)).items():
+    batch, steps = 2 if task.dry else 128, training_steps(task, 2 if task.dry else 128, compiles=True)
+    for name, step in steps.items():
+        start = time.monotonic()
+        step()
+        synchronize(task)
+        yield {"batch": batch, "contender": f"{name}, first step", "ms": 1e3 * (time.monotonic() - start)}
+        alone = Timer(task).all({name: step}, rounds=5)[name]
+        yield {"batch": batch, "contender": name, "ms": alone, "network": "ResNet-50, compiled"}
+    for name, milliseconds in Timer(task).all(steps, rounds=5).items():  # the same, interleaved, if there is time
         yield {"batch": batch, "contender": name, "ms": milliseconds, "network": "ResNet-50, compiled"}
 
 
@@ -458,19 +508,26 @@ def profile(task: Task) -> Iterator[Result]:
 def tests(task: Task) -> Iterator[Result]:
     """The kernels' own tests on the device, and some under compute-sanitizer."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(_TESTS / "ops" / "test_triton.py")]
-    wanted = "later_call" if task.dry else "evaluation or limits or given or later_call"
+    wanted = "later_call" if task.dry else "later_call or memory or given or apart"
     left = max(10.0, task.deadline - time.monotonic())
     sanitizer = None if task.dry else shutil.which("compute-sanitizer")
-    share = left if sanitizer is None else left / 2
-    run = subprocess.run([*command, "-k", wanted], capture_output=True, text=True, timeout=share, check=False)
-    yield {"tests": run.stdout.strip().splitlines()[-1:], "code": run.returncode}
+    yield {"tests": finished([*command, "-k", wanted], left if sanitizer is None else left / 2)}
     if sanitizer:
-        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        run = subprocess.run(
-            [sanitizer, "--error-exitcode", "1", *command, "-k", "later_call"], capture_output=True, text=True,
-            timeout=share, env=environment, check=False,
-        )  # fmt: skip
-        yield {"sanitizer": run.stdout.strip().splitlines()[-3:], "code": run.returncode}
+        os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # or it sees no overrun
+        yield {"sanitizer": finished([sanitizer, "--error-exitcode", "1", *command, "-k", "later_call"], left / 2)}
+
+
+def finished(command: list[str], seconds: float) -> list[str]:
+    """The last lines of a command, which is stopped in time, its children with it."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output = process.communicate()[0] + f"\nstopped after {seconds:.0f} s"
+    return [*output.strip().splitlines()[-2:], f"exit status {process.returncode}"]
 
 
 def sweep(task: Task) -> Iterator[Result]:
@@ -534,6 +591,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="after which no new case is begun")
     parser.add_argument("--dry", action="store_true", help="without a device")
     options = parser.parse_args()
+    # what is measured must be what it is called
+    warnings.filterwarnings("error", message="renorm goes by torch's own kernels")
     if options.dry:
         take_cpu_for_the_device()
     device = torch.device("cpu" if options.dry else "cuda")

@@ -253,3 +253,37 @@ def test_a_later_call_of_a_kind_takes_its_own_numbers(in_three: bool) -> None:
             x.double(), torch.zeros(3).double(), torch.ones(3).double(), example_weight=alpha
         )
         assert error(y, exact) < 1e-5
+
+
+def test_parameters_may_lie_apart(in_three: bool) -> None:
+    x, numbers = torch.randn(4, 6, 5), torch.arange(12.0).add(1)
+    y, *_ = launch.normalize(Inputs(x, numbers[::2], numbers[1::2]), Settings(Grouping(), 1e-5), None)
+    exact, _ = functional.batch_norm(x.double(), numbers[::2].double(), numbers[1::2].double())
+    assert error(y, exact) < 1e-5
+    r, d = torch.tensor([[2.0]]).expand(1, 6), torch.tensor([[0.5]]).expand(1, 6)
+    y, *_ = launch.normalize(Inputs(x), Settings(Grouping(), 1e-5), Correction(r, d))
+    assert error(y, functional.renormalize(x.double(), r.double(), d.double())[0]) < 1e-5
+
+
+def test_a_backward_goes_by_the_layout_that_was_saved(in_three: bool) -> None:
+    settings, rule = Settings(Grouping(), 1e-5), Rule("std", 0.1)
+    x = draw((4, 6, 3, 2), torch.float32, channels_last=True)
+    state = RunningState(torch.zeros(6), torch.ones(6), torch.tensor(0), torch.tensor(0))
+    _, kept, plan = launch.step(Inputs(x), settings, state, None, rule)
+    dy, found = torch.randn_like(x), []
+    for saved in (x, x.contiguous(), x):
+        found.append(launch.step_backward(dy, (saved, None, None, None, None, kept), plan, settings, False)[0])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_tensors_of_other_devices_are_refused() -> None:
+    x = torch.randn(4, 3, 5)
+    weight = torch.empty(3, device="meta")
+    with pytest.raises(ValueError, match=r"must be on x's device, cpu|cuda:0, got a tensor of shape \(3,\) on meta"):
+        launch.normalize(Inputs(x, weight), Settings(Grouping(), 1e-5), None)
+
+
+def test_one_channel_is_read_as_a_plane() -> None:
+    assert not tiles.Layout.of(torch.empty(4, 1, 5, 5), Grouping()).channels_last
+    assert tiles.Layout.of(torch.empty(4, 7), Grouping()).channels_last

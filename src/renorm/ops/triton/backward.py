@@ -61,7 +61,7 @@ def _load_row(coefficients, row, at, exists):
 @triton.jit(do_not_specialize=["units", "N", "S", "per_group", "G", "blocks", "share", "spans"])
 def sum_gradients(
     dy, x, mask, residual, y, coefficients, summed, dresidual, units, N, S, per_group, G, blocks, share, spans,
-    WRITES: tl.constexpr, RESIDUAL: tl.constexpr, FROM_Y: tl.constexpr, ACT: tl.constexpr,
+    WRITES: tl.constexpr, RESIDUAL: tl.constexpr, FROM_Y: tl.constexpr, ACT: tl.constexpr, CHUNK: tl.constexpr,
     DIVISOR: tl.constexpr, PLANES: tl.constexpr, E: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -72,12 +72,11 @@ def sum_gradients(
     _above, first, rows = rows_of(g, split, N, S, per_group, G, share, PLANES)
     column, channel, exists = columns_of(block, K, S, PLANES, W)
     C = K // S if PLANES else K
-    at, row = g * C + channel, G * C
+    at, row = g * C + channel, tl.cast(G, tl.int64) * C
     center = _load_row(coefficients, 0, at, exists)
     scale, offset = center, center
     if ACT != 0 and not FROM_Y:
         scale, offset = _load_row(coefficients, row, at, exists), _load_row(coefficients, 2 * row, at, exists)
-    CHUNK: tl.constexpr = 1 if MASKED or RESIDUAL or FROM_Y else 2  # what the registers hold
     gradients, centereds, products = tl.zeros((E, W), ACC), tl.zeros((E, W), ACC), tl.zeros((E, W), ACC)
     full = rows // (CHUNK * E)
     for i in range(0, full):
@@ -114,7 +113,7 @@ def sum_gradients(
         _begins, two = tl.associative_scan((begins, two), 0, add_segments)
         _begins, three = tl.associative_scan((begins, three), 0, add_segments)
         exists = exists & ((position == S - 1) | (column == block * W + W - 1))
-    at, row = (g * C + channel) * slots + slot, G * C * slots
+    at, row = (g * C + channel) * slots + slot, tl.cast(G, tl.int64) * C * slots
     tl.store(summed + at, one, mask=exists)
     tl.store(summed + row + at, two, mask=exists)
     tl.store(summed + 2 * row + at, three, mask=exists)
@@ -148,8 +147,8 @@ def differentiate(
     dy, x, mask, residual, y, coefficients, slopes, dx, dresidual, gradients, total,
     units, N, S, per_group, G, blocks, share,
     WRITTEN: tl.constexpr, ADDS: tl.constexpr, RESIDUAL: tl.constexpr, FROM_Y: tl.constexpr, ACT: tl.constexpr,
-    DIVISOR: tl.constexpr, PLANES: tl.constexpr, E: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
-    ACC: tl.constexpr,
+    CHUNK: tl.constexpr, DIVISOR: tl.constexpr, PLANES: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
+    MASKED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x; and the first programs add up those of weight and bias over the groups."""
     K = units * DIVISOR
@@ -158,14 +157,13 @@ def differentiate(
     _above, first, rows = rows_of(g, split, N, S, per_group, G, share, PLANES)
     column, channel, exists = columns_of(block, K, S, PLANES, W)
     C = K // S if PLANES else K
-    at, row = g * C + channel, G * C
+    at, row = g * C + channel, tl.cast(G, tl.int64) * C
     center = _load_row(coefficients, 0, at, exists)
     scale, offset = center, center
     if ACT != 0 and not FROM_Y and not WRITTEN:
         scale, offset = _load_row(coefficients, row, at, exists), _load_row(coefficients, 2 * row, at, exists)
     one, two = _load_row(slopes, 0, at, exists), _load_row(slopes, row, at, exists)
     three = _load_row(slopes, 2 * row, at, exists)
-    CHUNK: tl.constexpr = 2
     full = rows // (CHUNK * E)
     for start in range(full * CHUNK * E, rows, E):
         _store_difference(
@@ -189,12 +187,13 @@ def _add_groups(gradients, total, G, numbers, program, programs, ACC: tl.constex
     BC: tl.constexpr = 64
     GB: tl.constexpr = 16
     C = numbers // 2
-    for first in range(program * BC, numbers, programs * BC):
+    programs = tl.minimum(programs, tl.cdiv(numbers, BC))
+    for first in range(tl.minimum(program, programs) * BC, numbers, programs * BC):
         i = first + tl.arange(0, BC)
         found = tl.zeros((BC,), ACC)
         for start in range(0, G, GB):
             g = start + tl.arange(0, GB)
-            at = ((i // C)[None, :] * G + g[:, None]) * C + (i % C)[None, :]
+            at = ((i // C)[None, :].to(tl.int64) * G + g[:, None]) * C + (i % C)[None, :]
             found += tl.sum(tl.load(gradients + at, mask=(g < G)[:, None] & (i < numbers)[None, :], other=0.0), 0)
         tl.store(total + i, found, mask=i < numbers)
 
@@ -210,7 +209,7 @@ def differentiate_whole(
     block, g = block_and_group(tl.cdiv(C, BC))
     begin, examples = group_bounds(g, N, per_group, G)
     c = block * BC + tl.arange(0, BC)
-    at, row = g * C + c, G * C
+    at, row = g * C + c, tl.cast(G, tl.int64) * C
     center = _load_row(coefficients, 0, at, c < C)[None, :]
     scale = _load_row(coefficients, row, at, c < C)[None, :]
     offset = _load_row(coefficients, 2 * row, at, c < C)[None, :]

@@ -100,7 +100,7 @@ def measure(
         exists = exists & ((position == S - 1) | (column == block * W + W - 1))
     else:
         C, slots, slot = K, tl.num_programs(1), split
-    at, row_of = (g * C + channel) * slots + slot, G * C * slots
+    at, row_of = (g * C + channel) * slots + slot, tl.cast(G, tl.int64) * C * slots
     tl.store(measured + at, shift_of, mask=exists)
     tl.store(measured + row_of + at, mean, mask=exists)
     tl.store(measured + 2 * row_of + at, squares, mask=exists)
@@ -131,7 +131,7 @@ def _write_output(
 def apply(
     x, mask, residual, y, coefficients, running_mean, running_var, steps, skipped, mean, var, count, facts,
     units, N, S, per_group, G, blocks, share, k, faults,
-    EPS: tl.constexpr, RULE: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    EPS: tl.constexpr, RULE: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr, CHUNK: tl.constexpr,
     DIVISOR: tl.constexpr, PLANES: tl.constexpr, E: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -142,11 +142,10 @@ def apply(
     _above, first, rows = rows_of(g, split, N, S, per_group, G, share, PLANES)
     column, channel, exists = columns_of(block, K, S, PLANES, W)
     C = K // S if PLANES else K
-    at, row = g * C + channel, G * C
+    at, row = g * C + channel, tl.cast(G, tl.int64) * C
     center = tl.load(coefficients + at, mask=exists, other=0.0)
     scale = tl.load(coefficients + row + at, mask=exists, other=0.0)
     offset = tl.load(coefficients + 2 * row + at, mask=exists, other=0.0)
-    CHUNK: tl.constexpr = 2 if RESIDUAL or MASKED else 4
     full = rows // (CHUNK * E)
     for start in range(full * CHUNK * E, rows, E):
         _write_output(
@@ -197,7 +196,7 @@ def apply_whole(
         tl.store(mean + at, shift + rest, mask=c < C)
         tl.store(var + at, variance, mask=c < C)
         tl.store(count + g + c, counts, mask=c == 0)
-        keep_coefficients(coefficients, at, G * C, c < C, center, scale, offset, r, d, inverse_sigma)
+        keep_coefficients(coefficients, at, tl.cast(G, tl.int64) * C, c < C, center, scale, offset, r, d, inverse_sigma)
         keep_facts(facts, shift + rest + variance, c < C, steps, momentum, CUMULATIVE, ACC)
     z = (values - center[None, :]) * scale[None, :] + offset[None, :]
     if RESIDUAL:

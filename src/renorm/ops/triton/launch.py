@@ -30,11 +30,13 @@ from .plans import (
     BackwardPlan,
     ForwardPlan,
     Options,
+    are_bound,
     calls_of,
     kinds_of,
     make_backward,
     make_forward,
     options_of,
+    require_device,
     stream_of,
 )
 
@@ -144,25 +146,27 @@ def _forward(
     strides = x.stride()
     if residual is not None and residual.stride() != strides:
         residual = laid_out_as(x, residual)
-    given = (x, mask, residual, weight, bias, *statistics)
+    given = (x, mask, residual, *(_as_vector(tensor) for tensor in (weight, bias, *statistics)))
     places = [None if tensor is None else tensor.data_ptr() for tensor in given]
     key = (x.shape, strides, x.dtype, x.device, settings, options, *kinds_of(given, places))
     plan: ForwardPlan | None = _plans.get(key)
     if plan is None:
         if not _is_dense(x):
             return _forward(inputs._replace(x=x.contiguous()), settings, options, statistics)
+        require_device(x, given)
         known = options if isinstance(options, Options) else options_of(options)
         plan = _remember(key, make_forward(x, settings, known, given))
     y, kept = torch.empty_like(x), x.new_empty(plan.kept.size, dtype=plan.wide)
     scratch = x.new_empty(plan.scratch.size, dtype=plan.wide)
-    bound = plan.apply.is_bound
+    launches = plan.measure, plan.settle, plan.apply, plan.move
+    bound = are_bound(*launches)
     at: list[Any] = places if bound else list(given)
     x_at, mask_at, residual_at, weight_at, bias_at, mean_at, var_at, steps_at, skipped_at, r_at, d_at = at
     y_at: Any = y.data_ptr() if bound else y
     mean, var, count, coefficients = plan.kept.places(kept, bound)
     facts, measured = plan.scratch.places(scratch, bound)
     stream = stream_of(x.device) if bound else None
-    measure, settles, apply, move = calls_of(plan.measure, plan.settle, plan.apply, plan.move)
+    measure, settles, apply, move = calls_of(bound, *launches)
     if measure is not None:
         measure(stream, x_at, mask_at, measured)
     if settles is not None:
@@ -228,19 +232,22 @@ def _backward(
     """Gradients from x, mask, residual, y, weight, count and coefficients; the last two may lie in one buffer, which
     is then in the place of count, and they at these offsets, in bytes."""
     x: Any = read[0]
-    if dy.stride() != x.stride():
+    strides = x.stride()
+    if dy.stride() != strides:
         dy = laid_out_as(x, dy)
-    given = (dy, *read)
+    given = (dy, *read[:4], _as_vector(read[4]), *read[5:])
     places = [None if tensor is None else tensor.data_ptr() for tensor in given]
-    key = (wants_residual, *kinds_of(given, places))
+    key = (strides, wants_residual, *kinds_of(given, places))  # a hook may have saved x in another layout
     plan: BackwardPlan | None = plans.get(key)
     if plan is None:
+        require_device(x, given)
         plan = plans[key] = make_backward(x, settings.grouping, settings.act, given, wants_residual)
     layout, wide = plan.layout, plan.wide
     dx, dresidual = torch.empty_like(x), torch.empty_like(x) if wants_residual else None
     total = x.new_empty((2, layout.channels), dtype=wide)
     scratch = x.new_empty(plan.scratch.size, dtype=wide)
-    bound = plan.differentiate.is_bound
+    launches = plan.sum_gradients, plan.settle, plan.differentiate
+    bound = are_bound(*launches)
     found: list[Any] = places if bound else list(given)
     if offsets:
         kept = found[-2]
@@ -250,7 +257,7 @@ def _backward(
     dx_at: Any = dx.data_ptr() if bound else dx
     dresidual_at: Any = dresidual.data_ptr() if bound and dresidual is not None else dresidual
     stream = stream_of(x.device) if bound else None
-    sums, settles, differences = calls_of(plan.sum_gradients, plan.settle, plan.differentiate)
+    sums, settles, differences = calls_of(bound, *launches)
     dy_at, x_at, mask_at, residual_at, y_at, weight_at, count, coefficients = found
     by_group = total_at if layout.groups == 1 else gradients
     if sums is None:
@@ -278,6 +285,11 @@ def _remember(key: tuple[Any, ...], plan: _Plan) -> _Plan:
         _plans.clear()
     _plans[key] = plan
     return plan
+
+
+def _as_vector(tensor: Tensor | None) -> Tensor | None:
+    """A parameter or statistic as the kernels read it, one number after the other."""
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
 def _is_dense(x: Tensor) -> bool:

@@ -110,7 +110,7 @@ def moments_of_slots(
     SLOTS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Shift, rest, variance and count of the channels c (BC,) in a group, from what its programs measured."""
-    row = G * C * slots
+    row = tl.cast(G, tl.int64) * C * slots
     count, shift = tl.zeros((BC, SLOTS), ACC), tl.zeros((BC, SLOTS), ACC)
     rest, m2 = tl.zeros((BC, SLOTS), ACC), tl.zeros((BC, SLOTS), ACC)
     for start in range(0, slots, SLOTS):
@@ -132,7 +132,7 @@ def sums_of_slots(
     SLOTS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums of g, x - center and their product of the channels c (BC,) in a group."""
-    row = G * C * slots
+    row = tl.cast(G, tl.int64) * C * slots
     gradient, centered = tl.zeros((BC, SLOTS), ACC), tl.zeros((BC, SLOTS), ACC)
     product = tl.zeros((BC, SLOTS), ACC)
     for start in range(0, slots, SLOTS):

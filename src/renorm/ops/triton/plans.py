@@ -87,9 +87,14 @@ def _bind(
         return None
 
 
-def calls_of(*launches: Launch | None) -> list[Any]:
-    """How to make each launch now: with a stream, and places where it is bound, else tensors."""
-    return [launch and (launch if launch.is_bound else launch.first) for launch in launches]
+def are_bound(*launches: Launch | None) -> bool:
+    """Whether all of them take places."""
+    return all(launch is None or launch.is_bound for launch in launches)
+
+
+def calls_of(bound: bool, *launches: Launch | None) -> list[Any]:
+    """How to make each launch: with a stream, and places if they are bound, else tensors."""
+    return [launch and (launch if bound else launch.first) for launch in launches]
 
 
 def stream_of(device: torch.device) -> int:
@@ -219,7 +224,8 @@ def make_forward(x: Tensor, settings: Settings, options: Options, given: tuple[T
         (*numbers, channels, layout.positions, groups, pieces.slots, pieces.blocks_per_channel, *settling.numbers),
         made_of,
     )  # fmt: skip
-    apply = Launch(forward.apply, grid, (*rows, k, programs), moves | output | tiling)
+    chunk = _chunk(layout, 2 if residual is not None or mask is not None else 4)
+    apply = Launch(forward.apply, grid, (*rows, k, programs), moves | output | tiling | {"CHUNK": chunk})
     scratch = Parts((1 + programs, MEASURED * groups * channels * slots), wide.itemsize)
     return ForwardPlan(layout, wide, kept, scratch, measure, settled, apply, None)
 
@@ -254,9 +260,10 @@ def make_backward(
     pieces = cut(layout, x.dtype.itemsize, processors(x.device), registers)
     grid, tiling = (pieces.blocks * groups, pieces.splits), _streaming(layout, pieces, acc, mask, registers)
     rows = _rows(layout, pieces)
+    reads_more = mask is not None or residual is not None or y is not None  # than the registers hold twice
     sums = Launch(
         backward.sum_gradients, grid, (*rows, pieces.blocks_per_channel),
-        {"WRITES": wants_residual} | before | tiling,
+        {"WRITES": wants_residual, "CHUNK": _chunk(layout, 1 if reads_more else 2)} | before | tiling,
     )  # fmt: skip
     settling, programs = _settling(layout, pieces, settle.settle_backward, settle.settle_sharing_backward)
     settled = Launch(
@@ -265,8 +272,9 @@ def make_backward(
         {"WEIGHT": weight is not None, "ACC": acc} | settling.constants,
     )  # fmt: skip
     differences = Launch(
-        backward.differentiate, grid, rows, {"WRITTEN": wants_residual, "ADDS": groups > 1} | before | tiling
-    )
+        backward.differentiate, grid, rows,
+        {"WRITTEN": wants_residual, "ADDS": groups > 1, "CHUNK": _chunk(layout, 2)} | before | tiling,
+    )  # fmt: skip
     scratch = Parts((3 * groups * channels, SUMMED * groups * channels * pieces.slots, by_group), wide.itemsize)
     return BackwardPlan(layout, wide, scratch, sums, settled, differences)
 
@@ -314,6 +322,11 @@ def _streaming(layout: Layout, pieces: Cut, acc: Any, mask: Tensor | None, regis
     return found if torch.version.hip else found | {"maxnreg": registers}
 
 
+def _chunk(layout: Layout, tiles: int) -> int:
+    """Tiles that are loaded together: one where the offsets of several rows do not fit 32 bits."""
+    return tiles if layout.columns < 2**29 else 1
+
+
 def _registers(x: Tensor, layout: Layout, mask: Tensor | None, act: Activation | None) -> int:
     """Registers of a thread that a pass over the data is given."""
     is_lean = mask is None and x.dtype != torch.float64 and (act is None or is_piecewise_linear(act))
@@ -321,15 +334,33 @@ def _registers(x: Tensor, layout: Layout, mask: Tensor | None, act: Activation |
     return REGISTERS if is_lean else MORE_REGISTERS
 
 
-def kinds_of(tensors: tuple[Tensor | None, ...], places: list[int | None]) -> list[Any]:
-    """Which there are, of what dtype, and which of them do not lie on 16 bytes."""
-    kinds: list[Any] = [None if tensor is None else tensor.dtype for tensor in tensors]
+def kinds_of(tensors: Sequence[Tensor | None], places: Sequence[int | None]) -> list[Any]:
+    """Which there are, of what dtype and where, and which of them do not lie on 16 bytes."""
+    kinds: list[Any] = [None if tensor is None else (tensor.dtype, tensor.device) for tensor in tensors]
     bits = 0
     for place in places:
         bits |= place or 0
     if bits % ALIGNED:
         kinds += [i for i, place in enumerate(places) if place is not None and place % ALIGNED]
     return kinds
+
+
+def require_device(x: Tensor, tensors: Sequence[Tensor | None]) -> None:
+    """Refuse tensors of several devices.
+
+    Args:
+        x: the input.
+        tensors: all that a kernel is given, or None.
+
+    Raises:
+        ValueError: one is on another device than x.
+    """
+    for tensor in tensors:
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"mask, residual, parameters and statistics must be on x's device, {x.device}, got a tensor of shape "
+                f"{tuple(tensor.shape)} on {tensor.device}"
+            )
 
 
 @lru_cache(maxsize=16)

@@ -42,7 +42,7 @@ def settle(
         shift, rest, variance, counts, c, C, at, weight, bias, running_mean, running_var, r_given, d_given,
         high_r, high_d, alpha, EPS, SOURCE, WEIGHT, BIAS,
     )  # fmt: skip
-    keep_coefficients(coefficients, at, G * C, c < C, center, scale, offset, r, d, inverse_sigma)
+    keep_coefficients(coefficients, at, tl.cast(G, tl.int64) * C, c < C, center, scale, offset, r, d, inverse_sigma)
     if KEEPS:
         tl.store(mean + at, shift + rest, mask=c < C)
         tl.store(var + at, variance, mask=c < C)
@@ -115,7 +115,7 @@ def settle_sharing(
         ones = tl.full((BC,), 1.0, ACC)
         scale, offset = affine(rest * ones, r, d, inverse_sigma, weight, bias, c, own, WEIGHT, BIAS)
         keep_coefficients(
-            coefficients, g * C + c, G * C, own, center * ones, scale, offset, r * ones, d * ones,
+            coefficients, g * C + c, tl.cast(G, tl.int64) * C, own, center * ones, scale, offset, r * ones, d * ones,
             inverse_sigma * ones,
         )  # fmt: skip
     if KEEPS:
@@ -151,7 +151,7 @@ def settle_backward(
     block, g = block_and_group(tl.cdiv(C, BC))
     c = block * BC + tl.arange(0, BC)
     gradient, centered, product = sums_of_slots(summed, g, c, C, S, G, slots, spans, PLANES, W, BC, SLOTS, ACC)
-    at, row = g * C + c, G * C
+    at, row = g * C + c, tl.cast(G, tl.int64) * C
     first, second, third, dweight, dbias = slopes_of(
         gradient, centered, product, tl.load(count + g), coefficients, at, row, c < C, weight, c, WEIGHT
     )
@@ -169,7 +169,7 @@ def settle_sharing_backward(
     ACC: tl.constexpr,
 ):  # fmt: skip
     j, g = block_and_group(C // k)
-    first, row = j * k, G * C
+    first, row = j * k, tl.cast(G, tl.int64) * C
     total = tl.load(count + g) * k
     share = 1 / tl.maximum(total, 1.0)
     r = tl.load(coefficients + 3 * row + g * C + first)

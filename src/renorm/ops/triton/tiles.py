@@ -64,8 +64,9 @@ class Layout:
         size = min(grouping.examples_per_group or examples, examples)
         whole, rest = divmod(examples, size)
         groups = whole + (rest > 1)  # a single one that is left joins its predecessor
-        channels_last = x.movedim(1, -1).is_contiguous()
-        return cls(examples, channels, x.shape[2:].numel(), channels_last, size, groups, grouping.channels_per_group)
+        positions = x.shape[2:].numel()
+        channels_last = not (x.is_contiguous() and positions > 1)  # a single channel lies either way
+        return cls(examples, channels, positions, channels_last, size, groups, grouping.channels_per_group)
 
     @property
     def largest_group(self) -> int:
@@ -208,7 +209,7 @@ def block_and_group(blocks):
     """Which block of columns and which group a program takes: both along the one axis without a limit of 65,535."""
     program = tl.program_id(0)
     group = program // blocks
-    return program - group * blocks, group
+    return program - group * blocks, group.to(tl.int64)  # what it is multiplied by may be large
 
 
 @triton.jit
@@ -221,13 +222,12 @@ def group_bounds(g, N, per_group, G):
 @triton.jit
 def rows_of(g, split, N, S, per_group, G, share, PLANES: tl.constexpr):
     """Rows of a program: the group's first, the program's first (both of the matrix), and how many."""
-    begin, rows = group_bounds(g, N, per_group, G)
-    above = tl.cast(begin, tl.int64)
+    above, rows = group_bounds(g, N, per_group, G)
     if not PLANES:
         above *= S
         rows *= S
-    first = split * share
-    return above, above + first, tl.maximum(tl.minimum(share, rows - first), 0)
+    first = tl.cast(split, tl.int64) * share
+    return above, above + first, tl.maximum(tl.minimum(share, rows - first), 0).to(tl.int32)
 
 
 @triton.jit
@@ -264,12 +264,12 @@ def whole_tile(begin, examples, c, C, S, CHANNELS_LAST: tl.constexpr, E: tl.cons
     e = tl.arange(0, E)
     if CHANNELS_LAST:
         exists = e < examples * S
-        at_mask = begin.to(tl.int64) * S + e
+        at_mask = begin * S + e
         offsets = at_mask[:, None] * C + c[None, :]
     else:
         n, s = e // RUN, e % RUN
         exists = (n < examples) & (s < S)
-        n = (begin + n).to(tl.int64)
+        n = begin + n
         at_mask = n * S + s
         offsets = (n[:, None] * C + c[None, :]) * S + s[:, None]
     exists = exists[:, None] & (c < C)[None, :]

@@ -51,7 +51,7 @@ def _moments_of_groups(mean, var, count, total, i, c, own, G, C, GB: tl.constexp
     g = i + tl.arange(0, GB)
     there = (g < G)[:, None] & own[None, :]
     share = tl.load(count + g, mask=g < G, other=0.0)[:, None] / tl.maximum(total, 1.0)
-    at = g[:, None] * C + c[None, :]
+    at = g[:, None].to(tl.int64) * C + c[None, :]
     return share, tl.load(mean + at, mask=there, other=0.0), tl.load(var + at, mask=there, other=0.0)
 
 
@@ -61,9 +61,10 @@ def move_channels(
     EPS: tl.constexpr, RULE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Move the channels that fall to a program by one batch; the first counts it."""
-    GB: tl.constexpr = 16
+    GB: tl.constexpr = 64
     BC: tl.constexpr = 32
-    if program < tl.maximum(tl.cdiv(C, BC), 1):
+    programs = tl.minimum(programs, tl.cdiv(C, BC))
+    if program < programs:
         finite = _is_finite(facts, faults, 256, ACC)
         total, largest = _counts(count, G, GB, ACC)
         accepted = finite & (largest > 0)
@@ -74,12 +75,12 @@ def move_channels(
             own = c < C
             old_mean = tl.load(running_mean + c, mask=own, other=0.0)
             old_var = tl.load(running_var + c, mask=own, other=0.0)
-            batch_mean, sigma = old_mean * 0, old_mean * 0
+            batch_mean, sigma = tl.zeros((BC,), ACC), tl.zeros((BC,), ACC)
             for i in range(0, G, GB):
                 share, means, variances = _moments_of_groups(mean, var, count, total, i, c, own, G, C, GB)
                 batch_mean += tl.sum(share * means, 0)
                 sigma += tl.sum(share * tl.sqrt(variances + EPS), 0)
-            batch_var = old_mean * 0
+            batch_var = tl.zeros((BC,), ACC)
             for i in range(0, G, GB):
                 share, means, variances = _moments_of_groups(mean, var, count, total, i, c, own, G, C, GB)
                 if RULE == 0:
