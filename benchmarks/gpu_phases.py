@@ -185,12 +185,16 @@ def cases(dry: bool) -> list[Case]:
         Case(torch.float32, last, grouping, masked, act, residual, shape, kind)
         for last in (True, False)
         for shape, grouping, masked, (act, residual), kind in (
-            (large, {}, False, settings[0], ""), (large, {}, False, settings[1], ""),
-            (large, {}, True, settings[2], ""), (large, groupings[1], False, settings[3], ""), (large, groupings[3], False, settings[1], ""),
-            (small, {}, False, settings[1], ""), (small, groupings[1], True, settings[2], ""),
+            (large, {}, False, settings[0], ""),
+            (large, {}, False, settings[1], ""),
+            (large, {}, True, settings[2], ""),
+            (large, groupings[1], False, settings[3], ""),
+            (large, groupings[3], False, settings[1], ""),
+            (small, {}, False, settings[1], ""),
+            (small, groupings[1], True, settings[2], ""),
             *((large, {}, False, settings[1], kind) for kind in kinds),
         )
-    ]  # fmt: skip
+    ]
     return first[:8] if dry else [*first, *(case for case in found if case not in first)]
 
 
