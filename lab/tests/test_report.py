@@ -43,6 +43,7 @@ COMMITTED = (
     "noniid-cifar100-16", "smallbatch-cifar100-16", "allfour-cifar100", "metric-omniglot",
     "metric-omniglot-close", "combination-cifar100", "workers-digits", "workers-digits-resnet8", "workers-fashion",
     "workers-fashion-steps3200", "workers-fashion-steps12800", "workers-digits-steps2400", "workers-digits-steps9600",
+    "workers-cifar20",
     "microbatch-cifar20", "noniid-classes-cifar20", "finetune-cifar100",
     "finetune-cifar100-no-decay", "finetune-regression-cifar100", "tiles-digits", "tiles-digits-long",
 )  # fmt: skip
