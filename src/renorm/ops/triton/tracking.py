@@ -61,7 +61,7 @@ def move_channels(
     EPS: tl.constexpr, RULE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Move the channels that fall to a program by one batch; the first counts it."""
-    GB: tl.constexpr = 64
+    GB: tl.constexpr = 16
     BC: tl.constexpr = 32
     programs = tl.minimum(programs, tl.cdiv(C, BC))
     if program < programs:
