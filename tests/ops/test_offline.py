@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-from renorm.ops.triton.tiles import MORE_REGISTERS, REGISTERS, Cut, Layout, cut
+from renorm.ops.triton.tiles import MORE_REGISTERS, REGISTERS, REGISTERS_OF_PLANES, Cut, Layout, cut
 
 _OVER_DATA = {"measure", "apply", "apply_whole", "sum_gradients", "differentiate", "differentiate_whole"}
 _BETWEEN = {"settle", "settle_sharing", "settle_backward", "settle_sharing_backward"}
@@ -79,7 +79,7 @@ def cuts(itemsize: int, channels_last: bool) -> list[tuple[Layout, Cut]]:
         for channels, size in shapes:
             layout = Layout(examples, channels, size * size, channels_last, examples, 1, 1)
             if examples * channels * size * size * itemsize > 8e6:
-                registers = REGISTERS if channels_last else MORE_REGISTERS
+                registers = REGISTERS if channels_last else REGISTERS_OF_PLANES
                 found.append((layout, cut(layout, itemsize, _PROCESSORS, registers)))
     return found
 

@@ -25,7 +25,16 @@ from ..tracking import Rule
 from . import backward, forward, settle, tracking
 from .activation import CODES
 from .moments import BATCH, COEFFICIENTS, CONSTANT, MEASURED, RAMP, RENORM, RUNNING, SUMMED
-from .tiles import MORE_REGISTERS, REGISTERS, Cut, Layout, WholeCut, cut, whole_channels
+from .tiles import (
+    MORE_REGISTERS,
+    REGISTERS,
+    REGISTERS_OF_PLANES,
+    Cut,
+    Layout,
+    WholeCut,
+    cut,
+    whole_channels,
+)
 
 ALIGNED = 16  # bytes
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -329,8 +338,9 @@ def _chunk(layout: Layout, tiles: int) -> int:
 
 def _registers(x: Tensor, layout: Layout, mask: Tensor | None, act: Activation | None) -> int:
     """Registers of a thread that a pass over the data is given."""
+    if not layout.channels_last:
+        return REGISTERS_OF_PLANES
     is_lean = mask is None and x.dtype != torch.float64 and (act is None or is_piecewise_linear(act))
-    is_lean &= layout.channels_last  # a scan over columns takes more
     return REGISTERS if is_lean else MORE_REGISTERS
 
 

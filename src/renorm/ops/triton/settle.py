@@ -13,7 +13,7 @@ from .tiles import block_and_group
 from .tracking import keep_facts
 
 CHANNELS, SLOTS = 4, 128  # of channels by themselves
-SHARING_CHANNELS, SHARING_SLOTS = 16, 64  # of channels that share statistics, at a time
+SHARING_CHANNELS, SHARING_SLOTS = 16, 16  # of channels that share statistics, at a time
 WARPS = 4
 
 

@@ -27,6 +27,7 @@ _REGISTERS_PER_PROCESSOR = 65_536
 # Of a thread. 80 leave room for 24 warps, which with four loads each have 48 KB on the way, twice what a processor of
 # an H200 needs to keep its share of the memory busy.
 REGISTERS, MORE_REGISTERS = 80, 128
+REGISTERS_OF_PLANES = 168  # for the scan at the end
 _CHANNELS = (64, 32, 16)  # of a tile where they come last: the widest that wastes no more than a fifth of it
 _CHUNK = 4  # tiles that are loaded together
 _WAVES = 4  # at least, where programs do not all fit on the device at once
@@ -179,7 +180,9 @@ def cut(layout: Layout, itemsize: int, processors: int, registers: int) -> Cut:
     blocks, rows = triton.cdiv(layout.columns, width), layout.rows
     resident = _REGISTERS_PER_PROCESSOR // (registers * _THREADS_PER_WARP * warps) * processors
     columns = blocks * layout.groups
-    wanted = resident // columns if columns <= resident else triton.cdiv(_WAVES * resident, columns)
+    wanted = triton.cdiv(_WAVES * resident, columns)
+    if columns <= resident:
+        wanted = max(resident // columns, triton.cdiv(2 * processors, columns))
     least = _BYTES_PER_PARTIAL // itemsize if layout.channels_last else _CHUNK
     splits = max(1, min(wanted, rows // least))
     share = triton.cdiv(triton.cdiv(rows, splits), _CHUNK * height) * _CHUNK * height
