@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -107,13 +108,12 @@ def main() -> None:
     running.add_argument("folder", type=Path, help="of the job")
     running.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/gpu-lab")))
     running.add_argument("--seconds", type=float, default=400)
-    running.add_argument("arguments", nargs=argparse.REMAINDER, help="of `renorm run`, after --")
-    options = parser.parse_args()
+    own, _, job = " ".join(map(shlex.quote, sys.argv[1:])).partition(" -- ")  # what follows is `renorm run`'s
+    options = parser.parse_args(shlex.split(own))
     if options.command == "pack":
         pack(options.source, options.target, options.image_size, options.classes)
     else:
-        arguments = [argument for argument in options.arguments if argument != "--"]
-        sys.exit(run(options.folder, options.out, options.seconds, arguments))
+        sys.exit(run(options.folder, options.out, options.seconds, shlex.split(job)))
 
 
 if __name__ == "__main__":
