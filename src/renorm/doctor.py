@@ -156,7 +156,7 @@ def _write_selftest(device: str, write: Callable[[str], object]) -> bool:
 
 def _remedy_of_results(device: str) -> str:
     variable = "RENORM_CPU" if device == "cpu" else "RENORM_GPU"
-    if os.environ.get(variable) == "off":
+    if not backends.available[device]:
         return f"results on {device} are wrong: report this text"
     return f"results on {device} are wrong: set {variable}=off for torch's own operations, and report this text"
 
