@@ -28,14 +28,8 @@ def main() -> None:
     sys.path.insert(0, str(_TESTS))
     from stub import driver
 
-    if "TRITON_LIBCUDA_PATH" not in os.environ:
-        stub = options.target.resolve().parent / "stub"
-        if driver.build(stub) is None:
-            sys.exit("gpu_cache: needs a C compiler")
-        os.environ |= {"TRITON_CACHE_DIR": str(options.cache)}
-        again = driver.run(Path(__file__), stub, *sys.argv[1:])
-        print(again.stdout, end="")
-        sys.exit(again.returncode if again.returncode == 0 else again.stderr[-2000:])
+    os.environ["TRITON_CACHE_DIR"] = str(options.cache)
+    driver.ensure(Path(__file__), options.target.resolve().parent / "stub", *sys.argv[1:])
     import offline
 
     driver.activate(processors=options.processors)

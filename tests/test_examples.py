@@ -41,6 +41,25 @@ def check_files(folder: Path, name: str) -> list[dict[str, str]]:
     return table(folder / f"{name}.csv")
 
 
+def test_merged_statistics_serve_clients_that_lie_apart(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    done = run("federated", "--seeds", "1", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for row in check_files(tmp_path, "federated"):
+        apart = float(row["merged"]) - float(row["averaged"])
+        assert apart > 0.05 if row["scanners"] == "a brightness each" else abs(apart) < 0.03
+
+
+@needs_results
+def test_the_page_of_federated_learning_has_the_committed_figures() -> None:
+    rows = table(EXAMPLES / "results" / "federated.csv")
+    apart = [row for row in rows if row["scanners"] == "a brightness each"]
+    averaged, merged = ([round(100 * float(row[name])) for row in apart] for name in ("averaged", "merged"))
+    page = " ".join((ROOT / "docs" / "dependent-batches.md").read_text(encoding="utf-8").split())
+    assert f"with averaged buffers {min(averaged)} to {max(averaged)}% are right, merged {min(merged)} to" in page
+    assert f"to {max(merged)}% ([{len(apart)} seeds]" in page
+
+
 @pytest.mark.slow
 def test_crossq_writes_table_and_picture(tmp_path: Path) -> None:
     pytest.importorskip("gymnasium")

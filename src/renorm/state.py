@@ -277,20 +277,19 @@ class State(_BatchNorm):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> State:
         self._settle_count()
-        before = {name: self._buffers[name] for name in _STATISTICS}
-        counters = {name: self._buffers[name] for name in _COUNTERS}
+        before = {name: self._buffers[name] for name in (*_STATISTICS, *_COUNTERS)}
         counted = self._buffers["num_batches_skipped"]
         super()._apply(fn, recurse)
         if counted is not None and counted.is_meta and not self.num_batches_skipped.is_meta:
             self.num_batches_skipped.zero_()  # to_empty makes memory that no state dict will fill
-        for name, statistic in before.items():
+        for name, buffer in before.items():
             after = self._buffers[name]
-            if statistic is not None and after is not None and after.dtype.itemsize < torch.float32.itemsize:
-                self._buffers[name] = statistic.to(after.device, torch.float32)
-        for name, counter in counters.items():
-            after = self._buffers[name]
-            if counter is not None and after is not None and after.dtype != counter.dtype:  # model.type(...)
-                self._buffers[name] = counter.to(after.device)
+            if buffer is None or after is None:
+                continue
+            # model.half() spares the statistics, and model.type(...) the counters
+            dtype = accumulation_dtype(after.dtype) if buffer.is_floating_point() else buffer.dtype
+            if after.dtype != dtype:
+                self._buffers[name] = buffer.to(after.device, dtype)
         return self
 
     def _load_from_state_dict(

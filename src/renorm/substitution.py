@@ -19,8 +19,8 @@ _FREEZE = re.compile(r"freeze\w*(bn|norm)|convert\w*frozen")
 # What a function names in order to make another batch norm; to call torch's with a layer's numbers; and to make the
 # layer's scale and shift by itself.
 _REPLACES = ({"num_features", "eps"}, {"type", "eps", "momentum"}, {"__class__", "eps", "momentum"})
-_CALLS_TORCHS = ({"batch_norm", "running_mean", "running_var", "momentum", "eps"},)
-_FOLDS = ({"eps", "running_var", "weight"},)
+_CALLS_TORCHS = {"batch_norm", "running_mean", "running_var", "momentum", "eps"}
+_FOLDS = {"eps", "running_var", "weight"}
 _A_CLASS = re.compile("Norm|BN|cls")  # in the name of what takes the layer's place
 
 # Classes of torch whose forward a patch may replace, and what it was when renorm was imported.
@@ -90,27 +90,23 @@ def refuse_substitution(layer: Any, caller: FrameType) -> None:
         )
     if caller.f_locals.get("self") is layer:  # a subclass may compute by what is its own
         return
-    if loses and _names_all(reads, _CALLS_TORCHS):
+    if loses and reads >= _CALLS_TORCHS:
         raise RuntimeError(
             f"{function} calls torch's batch_norm with the numbers of {kind}, which leaves out its settings: call the "
             "layer itself, layer(x), or take renorm.to_batchnorm(model), which says what is lost"
         )
-    folds = _names_all(reads, _FOLDS) and not any(_A_CLASS.search(name) for name in (*reads, *code.co_freevars))
-    if loses and _names_all(reads, _REPLACES) and not folds:
+    folds = reads >= _FOLDS and not any(_A_CLASS.search(name) for name in (*reads, *code.co_freevars))
+    if loses and any(reads >= names for names in _REPLACES) and not folds:
         raise RuntimeError(
             f"{function} would replace {kind} by another batch norm without its settings: call it before "
             "renorm.convert, or after renorm.to_batchnorm(model), which says what is lost"
         )
-    if _names_all(reads, _FOLDS):
+    if reads >= _FOLDS:
         reason = obstacle(layer)
         if layer.channels_per_group > 1:
             reason = "channels share their statistics; renorm.to_batchnorm(model) gives each its own"
         if reason:
             raise RuntimeError(f"{function} takes {kind} for a scale and a shift by its running statistics: {reason}")
-
-
-def _names_all(names: set[str], kinds: tuple[set[str], ...]) -> bool:
-    return any(names >= wanted for wanted in kinds)
 
 
 def warn_of_patches(layer: Any) -> None:

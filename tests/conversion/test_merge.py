@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -92,39 +91,3 @@ def test_dtypes_stay_and_a_client_that_does_not_count_may_be_anything() -> None:
 def test_what_cannot_be_merged_is_refused(states: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         renorm.merge(states, **options)
-
-
-def test_a_round_of_ten_clients_gains_where_their_data_lie_apart() -> None:
-    """Ten clients with two of the ten digits and a scanner's brightness of their own; one network, trained on all."""
-    digits = pytest.importorskip("sklearn.datasets").load_digits()
-    x = torch.tensor(digits.images / 16.0, dtype=torch.float32)[:, None]
-    y = torch.tensor(np.asarray(digits.target))
-    client = (y + (torch.arange(len(y)) % 2)) % 10
-    x = x + 0.4 * client[:, None, None, None]
-    train = torch.arange(len(x)) % 4 > 0
-    for seed in range(3):
-        torch.manual_seed(seed)
-        model = nn.Sequential(
-            nn.Conv2d(1, 16, 3), renorm.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 64),
-            renorm.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10),
-        )  # fmt: skip
-        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-        for _ in range(150):
-            batch = torch.randint(int(train.sum()), (64,))
-            nn.functional.cross_entropy(model(x[train][batch]), y[train][batch]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        own = [list(x[train & (client == i)].split(64)) for i in range(10)]
-        states = [estimated(model, batches) for batches in own]
-        counts = [sum(map(len, batches)) for batches in own]
-        averaged = {
-            name: torch.stack([state[name].double() for state in states]).mean(0).to(states[0][name])
-            for name in states[0]
-        }
-        accuracies = []
-        for state in (averaged, renorm.merge(states, counts)):
-            model.load_state_dict(state)
-            with torch.no_grad():
-                right = model.eval()(x[~train]).argmax(1) == y[~train]
-            accuracies.append(float(right.float().mean()))
-        assert accuracies[1] > accuracies[0] + 0.05

@@ -1,14 +1,17 @@
 """What a layer's step costs the host, over the stub, in shares of nn.BatchNorm2d's on the CPU; a line of JSON each.
 
-A process of its own, begun by stub.driver.run. Both sides' kernels do next to nothing: ours are not run, and the input
-has a few KB. Contenders are interleaved; each figure is the smallest of many short bursts of the thread's own time.
+A process of its own, which begins again under the stub. Both sides' kernels do next to nothing: ours are not run, and
+the input has a few KB. Contenders are interleaved; a figure is the smallest of many short bursts of the thread's time.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from stub import driver
@@ -34,6 +37,8 @@ def steps(layer: nn.Module, residual: bool = False) -> dict[str, Callable[[], ob
 
 
 def main() -> None:
+    driver.ensure(Path(__file__), Path(tempfile.gettempdir()) / "renorm-stub", *sys.argv[1:])
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else _ROUNDS
     torch.set_num_threads(1)
     torch.manual_seed(0)
     theirs = steps(nn.BatchNorm2d(_SHAPE[1]).train())
@@ -45,7 +50,7 @@ def main() -> None:
         "BatchRenorm2d+relu+residual": steps(renorm.BatchRenorm2d(_SHAPE[1], act="relu").train(), residual=True),
     }
     best: dict[tuple[str, str], float] = {}
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         for name, functions in contenders.items():
             for direction, function in functions.items():
                 function()

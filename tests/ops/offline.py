@@ -35,6 +35,7 @@ _TYPES = {
 }  # fmt: skip
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _PROCESSORS = 132
+_READS = {"measure": 1, "apply": 1, "sum_gradients": 2, "differentiate": 2}  # tensors, without residual and activation
 _SHOWN = ("E", "BC", "RUN", "W", "ACT", "CHANNELS_LAST", "PLANES", "MASKED", "RESIDUAL", "WRITES", "WRITTEN", "DIVISOR")
 
 
@@ -117,7 +118,7 @@ def loops(cubin: bytes) -> Iterator[Loop]:
 def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], capability: int) -> dict[str, Any]:
     """What the assembler says of a kernel, specialized as a launch would specialize it."""
     options = dict(options)
-    warps, registers = options.pop("num_warps", 4), options.pop("maxnreg", None)
+    warps, allowed = options.pop("num_warps", 4), options.pop("maxnreg", None)
     values = dict(zip(kernel.arg_names, args, strict=False)) | options
     constants: dict[Any, Any] = {}
     signature, attributes = {}, {}
@@ -135,7 +136,7 @@ def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], capabi
             signature[name] = kernel.params[index].annotation_type
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     built = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "maxnreg": registers}
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "maxnreg": allowed}
     )
     with tempfile.TemporaryDirectory() as folder:
         ptx, architecture = Path(folder, "kernel.ptx"), f"sm_{capability}" + ("a" if capability == 90 else "")
@@ -146,11 +147,16 @@ def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], capabi
         )  # fmt: skip
     registers = int(re.findall(r"Used (\d+) registers", run.stderr)[0])
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", run.stderr)))
-    found = max(loops(built.asm["cubin"]), key=lambda loop: (loop.wide, loop.narrow), default=None)
+    loop = max(loops(built.asm["cubin"]), key=lambda loop: (loop.wide, loop.narrow), default=Loop(0, 0, 0))
+    name, x = kernel.__name__, values.get("x")
+    plain = options.get("ACT", 0) == 0 and not options.get("RESIDUAL") and loop.wide > 0
+    elements = loop.wide / _READS[name] * 16 / x.element_size() if name in _READS and plain else None
     return {
-        "kernel": kernel.__name__, "sm": capability, "warps": warps, "registers": registers,
-        "shared_bytes": built.metadata.shared, "spilled_bytes": spilled, "loop": found, "signature": signature,
-        "threads": warps * 32, "allowed": registers,
+        "kernel": name, "sm": capability, "dtype": None if x is None else str(x.dtype), "warps": warps,
+        "registers": registers, "allowed": allowed, "shared_bytes": built.metadata.shared, "spilled_bytes": spilled,
+        "wide_loads": loop.wide, "narrow_loads": loop.narrow,
+        "instructions_an_element": None if elements is None else round(loop.instructions / elements, 2),
+        "numbers": sorted({kind for kind in signature.values() if kind.startswith("fp")}),
     }  # fmt: skip
 
 

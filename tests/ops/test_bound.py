@@ -55,6 +55,15 @@ def test_what_cannot_be_launched_warns_once_and_goes_by_torch(found: dict[str, A
     assert max(outcome["error"], outcome["again"]) < 1e-5
 
 
+def test_the_hosts_share_can_be_measured(tmp_path: Path) -> None:
+    driver.build(tmp_path)
+    run = driver.run(Path(__file__).with_name("host_cost.py"), tmp_path, "1")
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {row["direction"] for row in rows} == {"forward", "both"}
+    assert {row["layer"] for row in rows} >= {"nn.BatchNorm2d", "BatchRenorm2d"}
+
+
 def test_backends_are_torchs_own_until_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from renorm.ops import backends
 

@@ -21,6 +21,7 @@ from .problem import Implementation, Inputs, LaunchError, RunningState, Settings
 from .schema import implement
 
 _PLAIN = (Tensor, nn.Parameter)  # subclasses bring operations of their own
+_MOST_ELEMENTS = 2**31  # of an example, whose columns the Triton kernels count in 32 bits
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
@@ -136,6 +137,8 @@ def take(x: Tensor, residual: Tensor | None = None) -> bool:
     if not available.get(x.device.type, False) or x.dtype not in _DTYPES:
         return False
     if residual is not None and residual.dtype != x.dtype:
+        return False
+    if x.is_cuda and x.numel() >= _MOST_ELEMENTS * len(x):
         return False
     if torch.compiler.is_compiling():
         return True

@@ -126,11 +126,11 @@ def track(state: RunningState, moments: Moments, rule: Rule, settings: Settings)
     """
     if backends.take_moments(moments, state):
         try:
-            return kernels.track(state, moments, rule, settings)
+            kernels.track(state, moments, rule, settings)
+            return
         except LaunchError as error:
             backends.give_up(moments.mean.device.type, error)
     move(state, moments, rule, settings)
-    return None
 
 
 def target_of(inputs: Inputs, state: RunningState, limits: Limits | None) -> Target | None:

@@ -6,6 +6,7 @@ compiler and torch.export see the registered operations, with their shapes and t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -108,28 +109,42 @@ _Found = tuple[Tensor | None, Tensor | None, Tensor | None, None, Tensor | None]
 
 
 def _gradients(ctx: Any, dy: Tensor | None) -> _Found:
+    saved, settings = Saved(*ctx.saved_tensors), ctx.settings
+
+    def by_kernels(dy: Tensor, wants_residual: bool) -> Any:
+        return _OPS.normalize_backward.default(*BackwardArguments.of(dy, saved, settings, wants_residual))
+
+    return _gradients_of(ctx, dy, saved.mask is not None, by_kernels, lambda: saved)
+
+
+def _gradients_of(
+    ctx: Any,
+    dy: Tensor | None,
+    is_masked: bool,
+    by_kernels: Callable[[Tensor, bool], Any],
+    saved: Callable[[], Saved],
+) -> _Found:
+    """The gradients that are wanted: by the kernels, or, for a second backward, by torch's own operations."""
     if dy is None:
         return None, None, None, None, None
-    saved, settings = Saved(*ctx.saved_tensors), ctx.settings
-    wanted = ctx.needs_input_grad[:5]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _differentiable_gradients(dy, saved, settings, wanted)
-    _, wants_weight, wants_bias, _, wants_residual = wanted
-    is_dy = settings.act is None and saved.mask is None  # what the residual gets
-    arguments = BackwardArguments.of(dy, saved, settings, wants_residual and not is_dy)
-    try:
-        dx, dweight, dbias, dresidual = _OPS.normalize_backward.default(*arguments)
-    except LaunchError as error:
-        give_up(saved.x.device.type, error)
-        with torch.enable_grad():
-            return _differentiable_gradients(dy, saved, settings, wanted)
-    return (
-        dx,
-        dweight if wants_weight else None,
-        dbias if wants_bias else None,
-        None,
-        (dy if is_dy else dresidual) if wants_residual else None,
-    )
+    wanted, settings = ctx.needs_input_grad[:5], ctx.settings
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        _, wants_weight, wants_bias, _, wants_residual = wanted
+        is_dy = settings.act is None and not is_masked  # what the residual gets
+        try:
+            dx, dweight, dbias, dresidual = by_kernels(dy, wants_residual and not is_dy)
+        except LaunchError as error:
+            give_up(dy.device.type, error)
+        else:
+            return (
+                dx,
+                dweight if wants_weight else None,
+                dbias if wants_bias else None,
+                None,
+                (dy if is_dy else dresidual) if wants_residual else None,
+            )
+    with torch.enable_grad():
+        return _differentiable_gradients(dy, saved(), settings, wanted)
 
 
 def _differentiable_gradients(dy: Tensor, saved: Saved, settings: Settings, wanted: _Wanted) -> _Found:
@@ -237,26 +252,16 @@ class _StepByModule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return None, None, None, None, None, None
         x, weight, bias, mask, residual, y, kept = ctx.saved_tensors
-        wanted, plan, settings = ctx.needs_input_grad[:5], ctx.plan, ctx.settings
-        if not torch.is_grad_enabled():
-            is_dy = settings.act is None and mask is None  # what the residual gets
-            try:
-                dx, dweight, dbias, dresidual = ctx.module.step_backward(
-                    dy, (x, weight, mask, residual, y, kept), plan, settings, wanted[4] and not is_dy
-                )
-            except LaunchError as error:
-                give_up(x.device.type, error)
-            else:
-                return (
-                    dx, dweight if wanted[1] else None, dbias if wanted[2] else None, None,
-                    (dy if is_dy else dresidual) if wanted[4] else None, None,
-                )  # fmt: skip
-        saved = Saved(x, weight, bias, mask, residual, y, plan.count(kept), plan.coefficients(kept))
-        with torch.enable_grad():
-            return *_differentiable_gradients(dy, saved, settings, wanted), None
+        module, plan, settings = ctx.module, ctx.plan, ctx.settings
+
+        def by_kernels(dy: Tensor, wants_residual: bool) -> Any:
+            return module.step_backward(dy, (x, weight, mask, residual, y, kept), plan, settings, wants_residual)
+
+        def saved() -> Saved:
+            return Saved(x, weight, bias, mask, residual, y, plan.count(kept), plan.coefficients(kept))
+
+        return *_gradients_of(ctx, dy, mask is not None, by_kernels, saved), None
 
 
 def _output_like(x: Tensor) -> Tensor:

@@ -34,6 +34,17 @@ def run(script: Path, folder: Path, *arguments: str, **options: Any) -> subproce
     return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
 
 
+def ensure(script: Path, folder: Path, *arguments: str) -> None:
+    """Begin this script again under the stub, and end with it, unless it was begun so."""
+    if os.environ.get("TRITON_LIBCUDA_PATH"):
+        return
+    if build(folder) is None:
+        sys.exit(f"{script.name}: needs a C compiler")
+    again = run(script, folder, *arguments)
+    print(again.stdout, end="")
+    sys.exit(0 if again.returncode == 0 else again.stderr[-2000:])
+
+
 def activate(capability: tuple[int, int] = (9, 0), processors: int = 132) -> None:
     """In such a process: make Triton take the stub for a device, and renorm tensors of the CPU for that device's."""
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils

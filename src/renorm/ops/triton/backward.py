@@ -54,6 +54,30 @@ def _load_gradient(
 
 
 @triton.jit
+def _sum_chunk(
+    dy, x, mask, residual, y, dresidual, first, rows, column, channel, exists, center, scale, offset, K, S,
+    WRITES: tl.constexpr, CHUNK: tl.constexpr, E: tl.constexpr, PLANES: tl.constexpr, MASKED: tl.constexpr,
+    RESIDUAL: tl.constexpr, FROM_Y: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Sums over the tiles of a chunk: of g, of x - center, of their product; and g itself, where it is wanted."""
+    gradient, centered, offsets, there, _counted = _load_gradient(
+        dy, x, mask, residual, y, first, rows, column, channel, exists, center, scale, offset, K, S, CHUNK, E, PLANES,
+        MASKED, RESIDUAL, FROM_Y, ACT, ACC,
+    )  # fmt: skip
+    if WRITES:
+        gradient = _written(dresidual, offsets, gradient, there, ACC)
+    return tl.sum(gradient, 0), tl.sum(centered, 0), tl.sum(gradient * centered, 0)
+
+
+@triton.jit
+def _written(dresidual, offsets, gradient, there, ACC: tl.constexpr):
+    """The gradient as it was stored, which is what is read later."""
+    stored = gradient.to(dresidual.dtype.element_ty)
+    tl.store(dresidual + offsets, stored, mask=there)
+    return stored.to(ACC)
+
+
+@triton.jit
 def _load_row(coefficients, row, at, exists):
     return tl.load(coefficients + row + at, mask=exists, other=0.0)
 
@@ -80,29 +104,17 @@ def sum_gradients(
     gradients, centereds, products = tl.zeros((E, W), ACC), tl.zeros((E, W), ACC), tl.zeros((E, W), ACC)
     full = rows // (CHUNK * E)
     for i in range(0, full):
-        gradient, centered, offsets, there, _counted = _load_gradient(
-            dy, x, mask, residual, y, first + i * (CHUNK * E), CHUNK * E, column, channel, exists, center, scale,
-            offset, K, S, CHUNK, E, PLANES, MASKED, RESIDUAL, FROM_Y, ACT, ACC,
+        gradient, centered, product = _sum_chunk(
+            dy, x, mask, residual, y, dresidual, first + i * (CHUNK * E), CHUNK * E, column, channel, exists, center,
+            scale, offset, K, S, WRITES, CHUNK, E, PLANES, MASKED, RESIDUAL, FROM_Y, ACT, ACC,
         )  # fmt: skip
-        if WRITES:
-            stored = gradient.to(dresidual.dtype.element_ty)
-            tl.store(dresidual + offsets, stored, mask=there)
-            gradient = stored.to(ACC)  # which is what the last kernel reads
-        gradients += tl.sum(gradient, 0)
-        centereds += tl.sum(centered, 0)
-        products += tl.sum(gradient * centered, 0)
+        gradients, centereds, products = gradients + gradient, centereds + centered, products + product
     for start in range(full * CHUNK * E, rows, E):
-        gradient, centered, offsets, there, _counted = _load_gradient(
-            dy, x, mask, residual, y, first + start, rows - start, column, channel, exists, center, scale, offset,
-            K, S, 1, E, PLANES, MASKED, RESIDUAL, FROM_Y, ACT, ACC,
+        gradient, centered, product = _sum_chunk(
+            dy, x, mask, residual, y, dresidual, first + start, rows - start, column, channel, exists, center, scale,
+            offset, K, S, WRITES, 1, E, PLANES, MASKED, RESIDUAL, FROM_Y, ACT, ACC,
         )  # fmt: skip
-        if WRITES:
-            stored = gradient.to(dresidual.dtype.element_ty)
-            tl.store(dresidual + offsets, stored, mask=there)
-            gradient = stored.to(ACC)
-        gradients += tl.sum(gradient, 0)
-        centereds += tl.sum(centered, 0)
-        products += tl.sum(gradient * centered, 0)
+        gradients, centereds, products = gradients + gradient, centereds + centered, products + product
     one, two, three = tl.sum(gradients, 0), tl.sum(centereds, 0), tl.sum(products, 0)
     slots, slot = tl.num_programs(1) * spans, split
     if PLANES:
@@ -222,9 +234,7 @@ def differentiate_whole(
     gradient = _gradient(gradient, centered, residual, y, offsets, exists, scale, offset, RESIDUAL, FROM_Y, ACT, ACC)
     gradient, centered = tl.where(counted, gradient, 0.0), tl.where(counted, centered, 0.0)
     if WRITES:
-        stored = gradient.to(dresidual.dtype.element_ty)
-        tl.store(dresidual + offsets, stored, mask=exists)
-        gradient = stored.to(ACC)
+        gradient = _written(dresidual, offsets, gradient, exists, ACC)
     one, two, three, dweight, dbias = slopes_of(
         tl.sum(gradient, 0), tl.sum(centered, 0), tl.sum(gradient * centered, 0), tl.load(count + g), coefficients, at,
         row, c < C, weight, c, WEIGHT,

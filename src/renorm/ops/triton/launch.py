@@ -29,13 +29,14 @@ from .plans import (
     NO_LIMITS,
     BackwardPlan,
     ForwardPlan,
+    Launch,
     Options,
     are_bound,
     calls_of,
     kinds_of,
     make_backward,
     make_forward,
-    options_of,
+    options_of_step,
     require_device,
     stream_of,
 )
@@ -93,8 +94,7 @@ def step(
     inputs: Inputs, settings: Settings, state: RunningState, limits: Limits | None, rule: Rule
 ) -> tuple[Tensor, Tensor, Any]:
     """`normalize_and_track` for eager code: the output, the buffer of what is kept, and the plan that reads it."""
-    y, kept, plan = _forward(inputs, settings, (limits, rule), _Statistics(*state))
-    return y, kept, plan
+    return _forward(inputs, settings, options_of_step(limits, rule), _Statistics(*state))
 
 
 @_on_its_device
@@ -102,11 +102,12 @@ def normalize_and_track(
     inputs: Inputs, settings: Settings, state: RunningState, limits: tuple[Any, Any] | None, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
     """renorm::normalize_and_track, see `ops.schema`."""
-    statistics, known = _Statistics(*state), None
+    options, statistics = Options(BATCH, True, rule=rule), _Statistics(*state)
     if limits is not None:
-        known, in_memory = _limits(*limits)
+        found, in_memory = _limits(*limits)
+        options = Options(RENORM, True, found, rule=rule)
         statistics = statistics._replace(r=in_memory[0], d=in_memory[1])
-    y, kept, plan = _forward(inputs, settings, (known, rule), statistics)
+    y, kept, plan = _forward(inputs, settings, options, statistics)
     return y, plan.count(kept), plan.coefficients(kept)
 
 
@@ -126,19 +127,17 @@ def track(state: RunningState, moments: Moments, rule: Rule, settings: Settings)
     groups, channels = moments.mean.shape
     programs = triton.cdiv(groups * channels, _EXAMINED)
     facts = moments.mean.new_empty(1 + programs)
-    acc = ACC[moments.mean.dtype]
-    tracking.examine[programs,](
-        moments.mean, moments.var, state.steps, facts, rule.momentum or 0.0, groups * channels,
-        CUMULATIVE=rule.momentum is None, BLOCK=_EXAMINED, ACC=acc,
-    )  # fmt: skip
-    tracking.move[triton.cdiv(channels, 32),](
-        *state, *moments, facts, groups, channels, settings.grouping.channels_per_group, programs,
-        EPS=settings.eps, RULE=tracking.CODES[rule.tracking], ACC=acc,
-    )  # fmt: skip
+    acc, k = ACC[moments.mean.dtype], settings.grouping.channels_per_group
+    looks = {"CUMULATIVE": rule.momentum is None, "BLOCK": _EXAMINED, "ACC": acc}
+    moves = {"EPS": settings.eps, "RULE": tracking.CODES[rule.tracking], "ACC": acc}
+    examine = Launch(tracking.examine, (programs,), (rule.momentum or 0.0, groups * channels), looks)
+    move = Launch(tracking.move, (tracking.programs(channels),), (groups, channels, k, programs), moves)
+    examine.first(None, moments.mean, moments.var, state.steps, facts)
+    move.first(None, *state, *moments, facts)
 
 
 def _forward(
-    inputs: Inputs, settings: Settings, options: Options | tuple[Any, Rule], statistics: _Statistics
+    inputs: Inputs, settings: Settings, options: Options, statistics: _Statistics
 ) -> tuple[Tensor, Tensor, ForwardPlan]:
     x, weight, bias, mask, residual = inputs
     if mask is not None:
@@ -154,8 +153,7 @@ def _forward(
         if not _is_dense(x):
             return _forward(inputs._replace(x=x.contiguous()), settings, options, statistics)
         require_device(x, given)
-        known = options if isinstance(options, Options) else options_of(options)
-        plan = _remember(key, make_forward(x, settings, known, given))
+        plan = _remember(key, make_forward(x, settings, options, given))
     y, kept = torch.empty_like(x), x.new_empty(plan.kept.size, dtype=plan.wide)
     scratch = x.new_empty(plan.scratch.size, dtype=plan.wide)
     launches = plan.measure, plan.settle, plan.apply, plan.move

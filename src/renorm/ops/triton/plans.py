@@ -130,13 +130,11 @@ class Options(NamedTuple):
     rule: Rule | None = None
 
 
-def options_of(of_step: tuple[Any, Rule]) -> Options:
-    """Those of a training step by limits, of all steps or as `_limits` found them, and a rule."""
-    limits, rule = of_step
+@lru_cache(maxsize=256)
+def options_of_step(limits: Limits | None, rule: Rule) -> Options:
+    """Those of a layer's training step."""
     if limits is None:
         return Options(BATCH, True, rule=rule)
-    if not isinstance(limits, Limits):
-        return Options(RENORM, True, limits, rule=rule)
     ends = (float(limits.start), float(limits.r_end), float(limits.d_end))
     kind = RAMP if any(ends) else CONSTANT
     return Options(RENORM, True, (kind, (limits.r_max, limits.d_max, *ends)), rule=rule)
@@ -213,7 +211,7 @@ def make_forward(x: Tensor, settings: Settings, options: Options, given: tuple[T
         programs = whole.blocks * groups
         move = None
         if rule is not None:
-            move = Launch(tracking.move, (triton.cdiv(channels, 32),), (groups, channels, k, programs), moves)
+            move = Launch(tracking.move, (tracking.programs(channels),), (groups, channels, k, programs), moves)
         apply = Launch(
             forward.apply_whole, (programs,), (*numbers, *_shape(layout)), made_of | output | _tiling(layout, whole)
         )

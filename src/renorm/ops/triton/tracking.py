@@ -13,6 +13,12 @@ from ..tracking import RULES
 
 CODES = {name: code for code, name in enumerate(RULES)}  # std 0, var 1, total 2
 NONE = -1  # of the rules: the statistics stay
+_CHANNELS = tl.constexpr(32)  # that a program moves at a time
+
+
+def programs(channels: int) -> int:
+    """How many have something to move."""
+    return int(triton.cdiv(channels, _CHANNELS.value))
 
 
 @triton.jit
@@ -62,7 +68,7 @@ def move_channels(
 ):  # fmt: skip
     """Move the channels that fall to a program by one batch; the first counts it."""
     GB: tl.constexpr = 16
-    BC: tl.constexpr = 32
+    BC: tl.constexpr = _CHANNELS
     programs = tl.minimum(programs, tl.cdiv(C, BC))
     if program < programs:
         finite = _is_finite(facts, faults, 256, ACC)
