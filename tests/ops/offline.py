@@ -1,7 +1,7 @@
 """Compiles what the Triton kernels launch for real layers, for GPUs that need not be there; a line of JSON each.
 
-A process of its own: the kernels must not be interpreted. Arguments: which layers ("resnet", "inception", "all"), then
-the capabilities of the chips.
+A process of its own: the kernels must not be interpreted. Arguments: which layers, then the chips, "90" or "gfx942". Of
+"few" one learns that they compile, of "resnet" and "all", for NVIDIA's chips, what the assembler says.
 """
 
 from __future__ import annotations
@@ -115,11 +115,15 @@ def loops(cubin: bytes) -> Iterator[Loop]:
             yield Loop(len(names), wide, len(loads) - wide)
 
 
-def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], capability: int) -> dict[str, Any]:
-    """What the assembler says of a kernel, specialized as a launch would specialize it."""
-    options = dict(options)
-    warps, allowed = options.pop("num_warps", 4), options.pop("maxnreg", None)
-    values = dict(zip(kernel.arg_names, args, strict=False)) | options
+def target_of(chip: str) -> GPUTarget:
+    """A chip of NVIDIA by its capability, or of AMD by its name."""
+    if chip.isdecimal():
+        return GPUTarget("cuda", int(chip), 32)
+    return GPUTarget("hip", chip, 64 if chip.startswith("gfx9") else 32)
+
+
+def source_of(kernel: Any, values: dict[str, Any]) -> ASTSource:
+    """A kernel, specialized as a launch with these arguments would specialize it."""
     constants: dict[Any, Any] = {}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -134,10 +138,16 @@ def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], capabi
             signature[name] = "i32"
         else:
             signature[name] = kernel.params[index].annotation_type
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    built = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "maxnreg": allowed}
-    )
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], capability: int) -> dict[str, Any]:
+    """What the assembler says of a kernel."""
+    options = dict(options)
+    warps, allowed = options.pop("num_warps", 4), options.pop("maxnreg", None)
+    values = dict(zip(kernel.arg_names, args, strict=False)) | options
+    source = source_of(kernel, values)
+    built = triton.compile(source, target_of(str(capability)), {"num_warps": warps, "maxnreg": allowed})
     with tempfile.TemporaryDirectory() as folder:
         ptx, architecture = Path(folder, "kernel.ptx"), f"sm_{capability}" + ("a" if capability == 90 else "")
         ptx.write_text(built.asm["ptx"])
@@ -156,12 +166,17 @@ def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], capabi
         "registers": registers, "allowed": allowed, "shared_bytes": built.metadata.shared, "spilled_bytes": spilled,
         "wide_loads": loop.wide, "narrow_loads": loop.narrow,
         "instructions_an_element": None if elements is None else round(loop.instructions / elements, 2),
-        "numbers": sorted({kind for kind in signature.values() if kind.startswith("fp")}),
+        "numbers": sorted({kind for kind in source.signature.values() if kind.startswith("fp")}),
     }  # fmt: skip
 
 
 def networks(name: str) -> Iterator[Layer]:
     """Layers of networks, in training; of "all", shapes and options apart from each other."""
+    if name == "few":  # of everything one
+        for dtype, channels_last in product(list(_TYPES)[:4], (True, False)):
+            yield Layer((64, 96, 35, 35), dtype, channels_last, act="gelu", residual=True)
+        yield Layer((8, 16, 4, 4), mask=True)
+        return
     if name == "resnet":  # batch 128, mixed precision: with the activation, with the sum, and where the width changes
         for channels, size in ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (1024, 14), (512, 7), (2048, 7)):
             for act, residual in (("relu", False), ("relu", True), (None, False)):
@@ -186,7 +201,7 @@ def networks(name: str) -> Iterator[Layer]:
 def main() -> None:
     plans.Launch.first = Recorder.first  # type: ignore[method-assign]
     plans.processors = lambda device: _PROCESSORS
-    name, *capabilities = sys.argv[1:]
+    name, *chips = sys.argv[1:]
     for layer in networks(name):
         run(layer, evaluates=name == "all")
     seen = set()
@@ -196,9 +211,14 @@ def main() -> None:
         if key in seen:
             continue
         seen.add(key)
-        for capability in map(int, capabilities):
-            shape = {name: str(options[name]) for name in _SHOWN if name in options}
-            print(json.dumps(compiled(kernel, args, options, capability) | shape), flush=True)
+        for chip in chips:
+            if name == "few":
+                values = dict(zip(kernel.arg_names, args, strict=False)) | options
+                triton.compile(source_of(kernel, values), target_of(chip), {"num_warps": options.get("num_warps", 4)})
+                print(json.dumps({"kernel": kernel.__name__, "chip": chip}), flush=True)
+            else:
+                shape = {option: str(options[option]) for option in _SHOWN if option in options}
+                print(json.dumps(compiled(kernel, args, options, int(chip)) | shape), flush=True)
 
 
 if __name__ == "__main__":
