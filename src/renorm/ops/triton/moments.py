@@ -36,12 +36,16 @@ def merge(count, shift, rest, m2, other_count, other_shift, other_rest, other_m2
 @triton.jit
 def merge_segments(begins, count, shift, rest, m2, other_begins, other_count, other_shift, other_rest, other_m2):
     """The same for a scan over segments: where the other begins one, what came before is not of it."""
+    # Not by `merge`, whose count of 0 would say the same: that takes registers which the scan has not left.
     begin = other_begins != 0
-    total, near, mean, squares = merge(
-        tl.where(begin, 0.0, count), shift, rest, tl.where(begin, 0.0, m2), other_count, other_shift, other_rest,
-        other_m2,
-    )  # fmt: skip
-    return begins | other_begins, total, near, mean, squares
+    both = (count * other_count > 0) & (begin == 0)
+    total = tl.where(begin, other_count, count + other_count)
+    keeps = (count > 0) & (begin == 0)
+    near, mean = tl.where(keeps, shift, other_shift), tl.where(keeps, rest, other_rest)
+    apart = tl.where(both, (other_shift - near) + (other_rest - mean), 0.0)
+    share = other_count / tl.maximum(total, 1.0)
+    squares = tl.where(begin, other_m2, m2 + other_m2 + apart * apart * count * share)
+    return begins | other_begins, total, near, mean + apart * share, squares
 
 
 @triton.jit

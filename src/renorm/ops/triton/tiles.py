@@ -95,17 +95,14 @@ class WholeCut:
         channels: of a tile, a power of two.
         run: positions of an example in a tile, a power of two; `elements` where channels come last.
         blocks: of channels.
+        warps: of a program, whose threads hold 32 bytes of a tensor each, and more where that takes too many.
     """
 
     elements: int
     channels: int
     run: int
     blocks: int
-
-    @property
-    def warps(self) -> int:
-        """Warps of a program: 8 elements for each of their threads, up to 32 where that takes too many."""
-        return max(1, min(16, self.elements * self.channels // 256))
+    warps: int
 
 
 def whole_channels(layout: Layout, itemsize: int) -> WholeCut | None:
@@ -126,9 +123,11 @@ def whole_channels(layout: Layout, itemsize: int) -> WholeCut | None:
     else:
         channels, run = 1, triton.next_power_of_2(layout.positions)
         elements = run * triton.next_power_of_2(layout.largest_group)
-    if elements * channels * itemsize > _ON_CHIP_BYTES:
+    size = elements * channels * itemsize
+    if size > _ON_CHIP_BYTES:
         return None
-    return WholeCut(elements, channels, run, triton.cdiv(layout.channels, channels))
+    warps = max(1, min(16, size // (32 * _THREADS_PER_WARP)))
+    return WholeCut(elements, channels, run, triton.cdiv(layout.channels, channels), warps)
 
 
 @dataclass(frozen=True)
