@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "entry.h"
 #include "tracking.h"
 
 namespace {
@@ -20,27 +21,7 @@ using Optional = std::optional<Tensor>;
 template <class T> constexpr ScalarType kType = ScalarType::Float;
 template <> constexpr ScalarType kType<double> = ScalarType::Double;
 
-// The value of an enumeration that stands where its name does.
-template <class E, size_t N>
-E named(const char* argument, const char* const (&names)[N], const std::string& name) {
-  for (size_t i = 0; i < N; ++i)
-    if (name == names[i]) return static_cast<E>(i);
-  std::string known = names[0];
-  for (size_t i = 1; i < N; ++i) known += std::string(", ") + names[i];
-  STD_TORCH_CHECK(false, argument, " must be one of ", known, ", got ", name);
-}
-
-// An output larger than a core's own cache is written past it, which saves reading what is overwritten: training steps
-// of whole networks take 2 to 7% less time so.
-constexpr int64_t kPastCacheBytes = 1 << 20;
-bool past_cache(const Tensor& x) { return x.numel() * int64_t(x.element_size()) > kPastCacheBytes; }
-
-renorm::Parallel torch_threads() {
-  return {[](int64_t begin, int64_t end, int64_t grain, renorm::Parallel::Task task, void* context) {
-            TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, task, context));
-          },
-          torch::stable::get_num_threads()};
-}
+bool past_cache(const Tensor& x) { return x.numel() * int64_t(x.element_size()) > renorm::kPastCacheBytes; }
 
 // Whether memory holds x densely in the given order of dimensions; the strides of a size of 1 do not matter.
 bool is_dense(const Tensor& x, bool channels_last) {
@@ -189,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_within(
                                   : means.data() ? renorm::Source::renorm
                                                  : renorm::Source::batch;
     renorm::run(renorm::Forward<T>{
-        torch_threads(), shape, named<renorm::Act>("act", renorm::kActNames, act), past_cache(x),
+        renorm::torch_threads(), shape, renorm::named<renorm::Act>("act", renorm::kActNames, act), past_cache(x),
         {source, weights.data(), biases.data(), means.data(), vars.data(), rs.data(), ds.data(), r_max,
          d_max, 0, eps},
         static_cast<const T*>(input.tensor.const_data_ptr()), data_of<T>(added), data_of<uint8_t>(counted),
@@ -228,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_backward(
     const Tensor dresidual = wants_residual ? empty_like(input) : empty({0}, x.scalar_type());
     const Tensor dweight = empty({shape.channels}, kType<A>), dbias = empty({shape.channels}, kType<A>);
     renorm::run(renorm::Backward<T>{
-        torch_threads(), shape, named<renorm::Act>("act", renorm::kActNames, act), past_cache(x), weights.data(),
+        renorm::torch_threads(), shape, renorm::named<renorm::Act>("act", renorm::kActNames, act), past_cache(x), weights.data(),
         static_cast<const A*>(count.const_data_ptr()),
         static_cast<const T*>(gradient.const_data_ptr()), static_cast<const T*>(input.tensor.const_data_ptr()),
         data_of<T>(added), data_of<T>(output), data_of<uint8_t>(counted), mutable_data_of<T>(dx),
@@ -256,7 +237,7 @@ Tensor evaluate(const Tensor& x, const Optional& weight, const Optional& bias, c
     const Tensor y = empty_like(input);
     std::vector<A> coefficients(renorm::Coefficients<A>::rows * shape.groups() * shape.channels);
     renorm::run(renorm::Forward<T>{
-        torch_threads(), shape, named<renorm::Act>("act", renorm::kActNames, act), past_cache(x),
+        renorm::torch_threads(), shape, renorm::named<renorm::Act>("act", renorm::kActNames, act), past_cache(x),
         {weighed ? renorm::Source::weighed : renorm::Source::running, weights.data(), biases.data(), means.data(),
          vars.data(), nullptr, nullptr, 1, 0, example_weight, eps},
         static_cast<const T*>(input.tensor.const_data_ptr()), data_of<T>(added), data_of<uint8_t>(counted),
@@ -284,7 +265,7 @@ void track_as(const Tensor& running_mean, const Tensor& running_var, const Tenso
       {mutable_data_of<A>(running_mean), mutable_data_of<A>(running_var), mutable_data_of<int64_t>(steps),
        mutable_data_of<int64_t>(skipped)},
       {means.data(), vars.data(), counts.data(), groups, channels},
-      named<renorm::Tracking>("tracking", renorm::kTrackingNames, tracking), momentum, channels_per_group, eps);
+      renorm::named<renorm::Tracking>("tracking", renorm::kTrackingNames, tracking), momentum, channels_per_group, eps);
 }
 
 void track(Tensor running_mean, Tensor running_var, Tensor steps, Tensor skipped, const Tensor& mean, const Tensor& var,
@@ -293,21 +274,6 @@ void track(Tensor running_mean, Tensor running_var, Tensor steps, Tensor skipped
   const auto run = running_mean.scalar_type() == ScalarType::Double ? track_as<double> : track_as<float>;
   run(running_mean, running_var, steps, skipped, mean, var, count, tracking, momentum.value_or(-1), channels_per_group,
       eps);
-}
-
-// A layer's step, of one call where two would each find cold caches: by the statistics as they are, which then move.
-std::tuple<Tensor, Tensor, Tensor> normalize_and_track(
-    const Tensor& x, const Optional& weight, const Optional& bias, const Optional& mask, const Optional& residual,
-    Tensor running_mean, Tensor running_var, Tensor steps, Tensor skipped, const Optional& r_max, const Optional& d_max,
-    std::optional<int64_t> examples_per_group, int64_t channels_per_group, double eps, std::string act,
-    std::string tracking, std::optional<double> momentum) {
-  const bool corrects = r_max.has_value();
-  const auto [y, mean, var, count, coefficients] = normalize_within(
-      x, weight, bias, mask, residual, corrects ? Optional(running_mean) : std::nullopt,
-      corrects ? Optional(running_var) : std::nullopt, number("r_max", r_max, 1), number("d_max", d_max, 0),
-      std::nullopt, std::nullopt, examples_per_group, channels_per_group, eps, act);
-  track(running_mean, running_var, steps, skipped, mean, var, count, tracking, momentum, channels_per_group, eps);
-  return {y, count, coefficients};
 }
 
 std::string instruction_set() {
@@ -331,7 +297,6 @@ STABLE_TORCH_LIBRARY_IMPL(renorm, CPU, m) {
   m.impl("normalize_backward", TORCH_BOX(&normalize_backward));
   m.impl("evaluate", TORCH_BOX(&evaluate));
   m.impl("track", TORCH_BOX(&track));
-  m.impl("normalize_and_track", TORCH_BOX(&normalize_and_track));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(renorm, CompositeExplicitAutograd, m) {

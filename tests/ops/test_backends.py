@@ -19,12 +19,12 @@ from renorm.ops.problem import Inputs, Running, RunningState, Settings
 from renorm.ops.tracking import Rule
 
 
-def test_a_backend_is_five_functions_and_is_asked_by_layers() -> None:
+def test_a_backend_is_four_functions_and_is_asked_by_layers() -> None:
     script = Path(__file__).with_name("toy_backend.py")
     environment = os.environ | {"RENORM_CPU": "off", "TRITON_INTERPRET": "0"}
     run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["evaluate", "normalize", "normalize_and_track", "normalize_backward", "track"]
+    assert run.stdout.split() == ["evaluate", "normalize", "normalize_backward", "track"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,33 +77,24 @@ class Kernels(NamedTuple):
     Args:
         are_there: whether they can be called, asked once.
         module: where they are, if they are in Python; see `schema.implement`.
+        steps: module with `plan_of_step`, for a layer's training step past torch's dispatcher; None if there is none.
     """
 
     are_there: Callable[[], bool]
     module: str | None = None
+    steps: str | None = None
 
 
+_TRITON = "renorm.ops.triton.launch"
 # By torch's name for the kind of device.
-KERNELS = {"cpu": Kernels(_load_cpu_kernels), "cuda": Kernels(_wants_triton, "renorm.ops.triton.launch")}
+KERNELS = {
+    "cpu": Kernels(_load_cpu_kernels, steps="renorm.ops.native"),
+    "cuda": Kernels(_wants_triton, _TRITON, _TRITON),
+}
 available = {device: kernels.are_there() for device, kernels in KERNELS.items()}
 for _device, _kernels in KERNELS.items():
     if _kernels.module is not None:
         implement(_device, _kernels.module)
-
-
-@lru_cache(maxsize=8)
-def planning_module(device: str) -> Any:
-    """Kernels whose launches are planned, and called past torch's dispatcher in eager mode.
-
-    Args:
-        device: torch's name for the kind of device.
-
-    Returns:
-        Their module, which has `step` and `step_backward` beside the operations; None if it has not.
-    """
-    path = KERNELS[device].module
-    module = None if path is None else import_module(path)
-    return module if hasattr(module, "step") else None
 
 
 def give_up(device: str, error: LaunchError) -> None:
@@ -145,21 +135,42 @@ def take(x: Tensor, residual: Tensor | None = None) -> bool:
     return type(x) in _PLAIN and not is_transformed()
 
 
-def take_step(x: Tensor, residual: Tensor | None, state: RunningState) -> bool:
-    """Whether they normalize a batch and move buffers in one operation.
+def module_of_steps(inputs: Inputs, state: RunningState) -> Any:
+    """Which kernels make a layer's training step in one call past torch's dispatcher.
 
     Args:
-        x: input, (N, C, *S).
-        residual: added before the activation, or None.
+        inputs: the batch, of which x is not watched.
         state: buffers to move in place.
 
     Returns:
-        True in eager mode, for plain contiguous buffers in x's accumulation dtype on its device. What is compiled needs
-        the statistics as an output, to move them where it can order the writes.
+        Their module for plain tensors on one device, whose contiguous buffers are in x's accumulation dtype; else None.
+        What is compiled needs the statistics as an output, to move them where it can order the writes.
     """
-    if torch.compiler.is_compiling() or x.numel() == 0 or not take(x, residual):
-        return False
-    return state.mean.dtype == accumulation_dtype(x.dtype) and _can_move(x, state)
+    x, *others = inputs
+    if x.numel() == 0 or not take(x, inputs.residual):
+        return None
+    for tensor in others:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.device != x.device):
+            return None
+    if state.mean.dtype != accumulation_dtype(x.dtype) or not _can_move(x, state):
+        return None
+    path = KERNELS[x.device.type].steps
+    return None if path is None else import_module(path)
+
+
+def is_watched(x: Tensor) -> bool:
+    """Whether a call past torch's dispatcher would be missed.
+
+    Args:
+        x: one of its tensors.
+
+    Returns:
+        True for tensors that are not plain, while compiling, in torch.func's transforms, and in a mode that sees every
+        operation.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack() > 0 or is_transformed()
 
 
 def take_moments(moments: Moments, state: RunningState) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from ..checks import check_channels, check_example_weight, check_groups
 from ..limits import Limits
 from ..moments import Moments, accumulation_dtype
 from ..transforms import is_transformed, snapshot
-from . import backends, evaluation, kernels, reference
+from . import backends, composed, kernels, reference
 from .composed import compose, finish
 from .problem import Correction, Inputs, LaunchError, Running, RunningState, Settings, Target, checked
 from .tracking import Rule, move
@@ -68,13 +70,22 @@ def train(inputs: Inputs, settings: Settings, state: RunningState, limits: Limit
         TypeError: x is not floating point, or the mask not boolean.
         ValueError: a shape does not fit, or a group has a single element and no correction.
     """
-    if backends.take_step(inputs.x, inputs.residual, state):
-        inputs = checked(inputs, settings, state)
-        check_groups(inputs.x, settings.grouping, corrected=limits is not None)
-        try:
-            return kernels.step(inputs, settings, state, limits, rule)
-        except LaunchError as error:
-            backends.give_up(inputs.x.device.type, error)
+    if inputs.x.is_mkldnn:
+        return train(inputs._replace(x=inputs.x.to_dense()), settings, state, limits, rule).to_mkldnn()
+    if inputs.mask is not None:
+        inputs = checked(inputs, settings, state)  # which makes it as large as x
+    if not backends.is_watched(inputs.x):
+        facts = _facts_of_step(inputs, settings, state, limits, rule)
+        kind = _kinds.get(facts)
+        if kind is None and (module := backends.module_of_steps(inputs, state)) is not None:
+            inputs = checked(inputs, settings, state)
+            check_groups(inputs.x, settings.grouping, corrected=limits is not None)
+            kind = _remember(facts, module.kind_of_step(inputs, settings, rule))
+        if kind is not None:
+            try:
+                return kernels.step(inputs, kernels.Step(kind, settings, state, limits))
+            except LaunchError as error:
+                backends.give_up(inputs.x.device.type, error)
     y, moments = normalize(inputs, settings, target_of(inputs, state, limits))
     if inputs.x.numel() > 0:
         track(state, moments, rule, settings)
@@ -107,7 +118,7 @@ def evaluate(inputs: Inputs, settings: Settings, running: Running, example_weigh
             return kernels.evaluate(inputs, settings, running, example_weight)
         except LaunchError as error:
             backends.give_up(inputs.x.device.type, error)
-    return evaluation.evaluate(inputs, settings, running, example_weight)
+    return composed.evaluate(inputs, settings, running, example_weight)
 
 
 def track(state: RunningState, moments: Moments, rule: Rule, settings: Settings) -> None:
@@ -150,6 +161,38 @@ def target_of(inputs: Inputs, state: RunningState, limits: Limits | None) -> Tar
     if not backends.take(inputs.x, inputs.residual):  # these keep r and d themselves
         mean, var, steps = snapshot(mean), snapshot(var), snapshot(steps)
     return Target(mean, var, *limits(steps, accumulation_dtype(inputs.x.dtype)))
+
+
+# Kinds of steps by their facts, which were checked then: to ask everything of a small layer takes longer than its step.
+_kinds: dict[Any, Any] = {}
+_MOST_KINDS = 4096
+
+
+def _facts_of_step(
+    inputs: Inputs, settings: Settings, state: RunningState, limits: Limits | None, rule: Rule
+) -> tuple[Any, ...]:
+    """All that checks, choices and kinds depend on."""
+    x, weight, bias, mask, residual = inputs
+    grouping, eps, act = settings
+    mean, var, steps, skipped = state
+    return (
+        *backends.available.values(), x.shape, x.stride(), x.dtype, x.device, grouping.examples_per_group,
+        grouping.channels_per_group, eps, act, limits is None, rule, _facts_of(weight), _facts_of(bias),
+        _facts_of(mask), _facts_of(residual), _facts_of(mean), _facts_of(var), _facts_of(steps), _facts_of(skipped),
+    )  # fmt: skip
+
+
+def _facts_of(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    if tensor is None:
+        return None
+    return type(tensor), tensor.dtype, tensor.shape, tensor.device, tensor.is_contiguous()
+
+
+def _remember(facts: Any, kind: Any) -> Any:
+    if len(_kinds) >= _MOST_KINDS:
+        _kinds.clear()
+    _kinds[facts] = kind
+    return kind
 
 
 def _normalize_nothing(inputs: Inputs) -> tuple[Tensor, Moments]:

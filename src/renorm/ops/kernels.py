@@ -6,7 +6,6 @@ compiler and torch.export see the registered operations, with their shapes and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,18 +15,10 @@ from ..activation import Activation, derivative_from_output, is_piecewise_linear
 from ..limits import Limits
 from ..moments import Moments, accumulation_dtype
 from . import reference
-from .backends import give_up, planning_module
+from .backends import give_up, is_watched
 from .composed import compose, finish
 from .problem import Correction, Inputs, LaunchError, Running, RunningState, Settings, Target
-from .schema import (
-    BackwardArguments,
-    Coefficients,
-    EvaluateArguments,
-    NormalizeArguments,
-    Saved,
-    StepArguments,
-    TrackArguments,
-)
+from .schema import BackwardArguments, Coefficients, EvaluateArguments, NormalizeArguments, Saved, TrackArguments
 from .tracking import Rule
 
 _OPS = torch.ops.renorm
@@ -52,22 +43,36 @@ def normalize(inputs: Inputs, settings: Settings, correction: Target | Correctio
     return y, Moments(mean, var, count)
 
 
-def step(inputs: Inputs, settings: Settings, state: RunningState, limits: Limits | None, rule: Rule) -> Tensor:
-    """A layer's training step in eager mode: `normalize`, and the running statistics move, in place.
+class Step(NamedTuple):
+    """What a training step is, apart from its inputs: one argument, since each costs autograd half a microsecond.
 
     Args:
-        inputs: x not empty, all that the kernels take, the mask (N, *S).
+        kind: of the kernels; its `step(inputs, settings, state, limits)` returns the output, a buffer of what is kept,
+            and a plan, which reads it by `count` and `coefficients`; its `backward(dy, saved, plan, settings,
+            wants_residual)` returns the gradients.
         settings: grouping, eps and activation.
         state: the layer's buffers.
         limits: of the correction towards them; None for batch norm.
-        rule: by which they move.
+    """
+
+    kind: Any
+    settings: Settings
+    state: RunningState
+    limits: Limits | None
+
+
+def step(inputs: Inputs, step: Step) -> Tensor:
+    """A layer's training step in eager mode: `normalize`, and the running statistics move, in place.
+
+    Args:
+        inputs: x not empty, all that the plan is for, the mask (N, *S).
+        step: how.
 
     Returns:
         The output.
     """
-    function = _StepByKernels if planning_module(inputs.x.device.type) is None else _StepByModule
-    y: Tensor = function.apply(*inputs, _Step(settings, state, limits, rule))
-    torch.autograd.graph.increment_version(state)
+    y: Tensor = _apply_step(*inputs, step)
+    torch.autograd.graph.increment_version(step.state)
     return y
 
 
@@ -108,43 +113,36 @@ _Wanted = tuple[bool, bool, bool, bool, bool]
 _Found = tuple[Tensor | None, Tensor | None, Tensor | None, None, Tensor | None]
 
 
-def _gradients(ctx: Any, dy: Tensor | None) -> _Found:
-    saved, settings = Saved(*ctx.saved_tensors), ctx.settings
-
-    def by_kernels(dy: Tensor, wants_residual: bool) -> Any:
-        return _OPS.normalize_backward.default(*BackwardArguments.of(dy, saved, settings, wants_residual))
-
-    return _gradients_of(ctx, dy, saved.mask is not None, by_kernels, lambda: saved)
-
-
-def _gradients_of(
-    ctx: Any,
-    dy: Tensor | None,
-    is_masked: bool,
-    by_kernels: Callable[[Tensor, bool], Any],
-    saved: Callable[[], Saved],
-) -> _Found:
+def _gradients(ctx: Any, dy: Tensor | None, saved: Saved) -> _Found:
     """The gradients that are wanted: by the kernels, or, for a second backward, by torch's own operations."""
     if dy is None:
         return None, None, None, None, None
-    wanted, settings = ctx.needs_input_grad[:5], ctx.settings
+    settings = ctx.settings
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        _, wants_weight, wants_bias, _, wants_residual = wanted
-        is_dy = settings.act is None and not is_masked  # what the residual gets
+        arguments = BackwardArguments.of(dy, saved, settings, _wants_residual(ctx, saved.mask))
         try:
-            dx, dweight, dbias, dresidual = by_kernels(dy, wants_residual and not is_dy)
+            found = _OPS.normalize_backward.default(*arguments)
         except LaunchError as error:
             give_up(dy.device.type, error)
         else:
-            return (
-                dx,
-                dweight if wants_weight else None,
-                dbias if wants_bias else None,
-                None,
-                (dy if is_dy else dresidual) if wants_residual else None,
-            )
+            return _wanted(ctx, dy, found, saved.mask)
     with torch.enable_grad():
-        return _differentiable_gradients(dy, saved(), settings, wanted)
+        return _differentiable_gradients(dy, saved, settings, ctx.needs_input_grad[:5])
+
+
+def _wants_residual(ctx: Any, mask: Tensor | None) -> bool:
+    """Whether the residual's gradient is wanted, and not just that of the output."""
+    return ctx.needs_input_grad[4] and not (ctx.settings.act is None and mask is None)
+
+
+def _wanted(ctx: Any, dy: Tensor, found: tuple[Tensor, Tensor, Tensor, Tensor | None], mask: Tensor | None) -> _Found:
+    dx, dweight, dbias, dresidual = found
+    _, wants_weight, wants_bias, _, wants_residual, *_ = ctx.needs_input_grad
+    if not wants_residual:
+        dresidual = None
+    elif ctx.settings.act is None and mask is None:
+        dresidual = dy
+    return dx, dweight if wants_weight else None, dbias if wants_bias else None, None, dresidual
 
 
 def _differentiable_gradients(dy: Tensor, saved: Saved, settings: Settings, wanted: _Wanted) -> _Found:
@@ -194,20 +192,12 @@ class _ByKernels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy), None, None
-
-
-class _Step(NamedTuple):
-    """What a training step is, apart from its inputs: one argument, since each costs autograd half a microsecond."""
-
-    settings: Settings
-    state: RunningState
-    limits: Limits | None
-    rule: Rule
+        return *_gradients(ctx, dy, Saved(*ctx.saved_tensors)), None, None
 
 
 class _StepByKernels(torch.autograd.Function):
-    # The same, but that its statistics are no outputs: autograd would have to be told about each of them.
+    # The same past torch's dispatcher: what a forward worked out is kept for the backward, and its statistics are no
+    # outputs, of which autograd would have to be told.
     @staticmethod
     def forward(
         ctx: Any,
@@ -216,35 +206,11 @@ class _StepByKernels(torch.autograd.Function):
         bias: Tensor | None,
         mask: Tensor | None,
         residual: Tensor | None,
-        step: _Step,
+        step: Step,
     ) -> Any:
-        (settings, state, limits, rule), inputs = step, Inputs(x, weight, bias, mask, residual)
-        now = None if limits is None else limits(state.steps, state.mean.dtype)
-        arguments = StepArguments.of(inputs, settings, state, now, rule)
-        y, count, coefficients = _OPS.normalize_and_track.default(*arguments)
-        _save(ctx, inputs, settings, y, count, coefficients)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy), None
-
-
-class _StepByModule(torch.autograd.Function):
-    # The same past torch's dispatcher, for kernels that plan: what a forward worked out is kept for the backward.
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        residual: Tensor | None,
-        step: _Step,
-    ) -> Any:
-        settings, ctx.module = step.settings, planning_module(x.device.type)
-        y, kept, ctx.plan = ctx.module.step(Inputs(x, weight, bias, mask, residual), *step)
-        ctx.settings = settings
+        kind, settings, state, limits = step
+        y, kept, plan = kind.step(Inputs(x, weight, bias, mask, residual), settings, state, limits)
+        ctx.settings, ctx.made = settings, (kind, plan)
         ctx.set_materialize_grads(False)
         kept_residual, kept_y = _kept_for_activation(settings.act, residual, y)
         ctx.save_for_backward(x, weight, bias, mask, kept_residual, kept_y, kept)
@@ -253,15 +219,21 @@ class _StepByModule(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, mask, residual, y, kept = ctx.saved_tensors
-        module, plan, settings = ctx.module, ctx.plan, ctx.settings
+        kind, plan = ctx.made
+        if dy is not None and not (torch.is_grad_enabled() or is_watched(dy)):
+            wants = _wants_residual(ctx, mask)
+            try:
+                found = kind.backward(dy, (x, weight, mask, residual, y, kept), plan, ctx.settings, wants)
+            except LaunchError as error:
+                give_up(dy.device.type, error)
+            else:
+                return *_wanted(ctx, dy, found, mask), None
+        saved = Saved(x, weight, bias, mask, residual, y, plan.count(kept), plan.coefficients(kept))
+        return *_gradients(ctx, dy, saved), None
 
-        def by_kernels(dy: Tensor, wants_residual: bool) -> Any:
-            return module.step_backward(dy, (x, weight, mask, residual, y, kept), plan, settings, wants_residual)
 
-        def saved() -> Saved:
-            return Saved(x, weight, bias, mask, residual, y, plan.count(kept), plan.coefficients(kept))
-
-        return *_gradients_of(ctx, dy, mask is not None, by_kernels, saved), None
+# Past torch's own `apply`, which asks for transforms that `is_watched` has asked for, in a third of the time of it all.
+_apply_step: Any = super(torch.autograd.Function, _StepByKernels).apply
 
 
 def _output_like(x: Tensor) -> Tensor:
@@ -294,7 +266,7 @@ def _register() -> None:
         _save(ctx, tensors, settings, y, count, coefficients)
 
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        found = _gradients(ctx, dy)
+        found = _gradients(ctx, dy, Saved(*ctx.saved_tensors))
         return *found, *(None for _ in ctx.needs_input_grad[len(found) :])
 
     torch.library.register_fake("renorm::normalize", normalized)

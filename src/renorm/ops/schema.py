@@ -21,7 +21,6 @@ from .problem import Correction, Inputs, Running, RunningState, Settings, Target
 from .tracking import Rule
 
 _INPUTS = "Tensor x, Tensor? weight, Tensor? bias, Tensor? mask, Tensor? residual"
-_STATE = "Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) steps, Tensor(d!) skipped"
 _SETTINGS = "int? examples_per_group, int channels_per_group, float eps, str act"
 _NORMALIZE = (
     f"({_INPUTS}, Tensor? running_mean, Tensor? running_var, Tensor? r_max, Tensor? d_max, Tensor? r, Tensor? d, "
@@ -42,13 +41,8 @@ _SIGNATURES = {
         "float eps, str act) -> Tensor"
     ),
     "track": (
-        f"({_STATE}, Tensor mean, Tensor var, Tensor count, str tracking, float? momentum, int channels_per_group, "
-        "float eps) -> ()"
-    ),
-    # Both in one call, for layers in eager mode: the output, the count and the coefficients.
-    "normalize_and_track": (
-        f"({_INPUTS}, {_STATE}, Tensor? r_max, Tensor? d_max, {_SETTINGS}, str tracking, float? momentum) "
-        "-> (Tensor, Tensor, Tensor)"
+        "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) steps, Tensor(d!) skipped, Tensor mean, "
+        "Tensor var, Tensor count, str tracking, float? momentum, int channels_per_group, float eps) -> ()"
     ),
 }
 
@@ -210,42 +204,6 @@ class TrackArguments(NamedTuple):
         return state, moments, Rule(self.tracking, self.momentum), settings
 
 
-class StepArguments(NamedTuple):
-    """Those of renorm::normalize_and_track."""
-
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    mask: Tensor | None
-    residual: Tensor | None
-    running_mean: Tensor
-    running_var: Tensor
-    steps: Tensor
-    skipped: Tensor
-    r_max: Tensor | None
-    d_max: Tensor | None
-    examples_per_group: int | None
-    channels_per_group: int
-    eps: float
-    act: Any
-    tracking: Any
-    momentum: float | None
-
-    @classmethod
-    def of(
-        cls, inputs: Inputs, settings: Settings, state: RunningState, limits: tuple[Any, Any] | None, rule: Rule
-    ) -> tuple[Any, ...]:
-        r_max, d_max = (None, None) if limits is None else (_as_tensor(limit, inputs.x.device) for limit in limits)
-        return (*inputs, *state, r_max, d_max, *_flat(settings), *rule)
-
-    def read(self) -> tuple[Inputs, Settings, RunningState, tuple[Any, Any] | None, Rule]:
-        inputs = Inputs(self.x, self.weight, self.bias, self.mask, self.residual)
-        settings = _settings(self.examples_per_group, self.channels_per_group, self.eps, self.act)
-        state = RunningState(self.running_mean, self.running_var, self.steps, self.skipped)
-        limits = None if self.r_max is None else (self.r_max, self.d_max)
-        return inputs, settings, state, limits, Rule(self.tracking, self.momentum)
-
-
 def _flat(settings: Settings) -> tuple[int | None, int, float, str]:
     grouping, eps, act = settings
     return grouping.examples_per_group, grouping.channels_per_group, eps, act or "none"
@@ -276,7 +234,6 @@ _ARGUMENTS: dict[str, Any] = {
     "normalize_backward": BackwardArguments,
     "evaluate": EvaluateArguments,
     "track": TrackArguments,
-    "normalize_and_track": StepArguments,
 }
 
 
@@ -285,8 +242,8 @@ def implement(device: str, module: str) -> None:
 
     Args:
         device: torch's name of its type.
-        module: path of the module, imported at the first call, with `normalize`, `normalize_backward`, `evaluate`,
-            `track` and `normalize_and_track`, which take what `read` of the arguments above returns.
+        module: path of the module, imported at the first call, with `normalize`, `normalize_backward`, `evaluate`
+            and `track`, which take what `read` of the arguments above returns.
     """
     for name, arguments in _ARGUMENTS.items():
         function = name.removesuffix("_eager")

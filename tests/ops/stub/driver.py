@@ -49,7 +49,7 @@ def activate(capability: tuple[int, int] = (9, 0), processors: int = 132) -> Non
     """In such a process: make Triton take the stub for a device, and renorm tensors of the CPU for that device's."""
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 
-    from renorm.ops import backends
+    from renorm.ops import backends, dispatch
     from renorm.ops.schema import implement
     from renorm.ops.triton import plans
 
@@ -64,7 +64,7 @@ def activate(capability: tuple[int, int] = (9, 0), processors: int = 132) -> Non
     triton.runtime.driver.set_active(Stub())
     plans.processors = lambda device: processors
     path = "renorm.ops.triton.launch"
-    backends.KERNELS["cpu"] = backends.Kernels(lambda: True, path)
+    backends.KERNELS["cpu"] = backends.Kernels(lambda: True, path, path)
     backends.available["cpu"] = True
-    backends.planning_module.cache_clear()
+    dispatch._kinds.clear()
     implement("cpu", path)

@@ -45,6 +45,7 @@ _MOST_PLANS = 4096
 _EXAMINED = 1024  # moments that a program looks at
 
 _Plan = TypeVar("_Plan")
+_Found = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # gradients of x, weight, bias, residual
 _plans: dict[Any, Any] = {}
 
 
@@ -89,26 +90,36 @@ def normalize(
     return y, plan.matrix(kept, 0), plan.matrix(kept, 1), plan.count(kept), plan.coefficients(kept)
 
 
+class _Kind(NamedTuple):
+    """Steps by a rule; they are planned at each call, since plans depend on addresses too."""
+
+    rule: Rule
+
+    def step(
+        self, inputs: Inputs, settings: Settings, state: RunningState, limits: Limits | None
+    ) -> tuple[Tensor, Tensor, ForwardPlan]:
+        made: tuple[Tensor, Tensor, ForwardPlan] = step(inputs, settings, state, limits, self.rule)
+        return made
+
+    @staticmethod
+    def backward(
+        dy: Tensor, saved: Sequence[Tensor | None], plan: ForwardPlan, settings: Settings, wants_residual: bool
+    ) -> _Found:
+        found: _Found = step_backward(dy, saved, plan, settings, wants_residual)
+        return found
+
+
+def kind_of_step(inputs: Inputs, settings: Settings, rule: Rule) -> _Kind:
+    """The kind of a step, see `kernels.Step`."""
+    return _Kind(rule)
+
+
 @_on_its_device
 def step(
     inputs: Inputs, settings: Settings, state: RunningState, limits: Limits | None, rule: Rule
-) -> tuple[Tensor, Tensor, Any]:
-    """`normalize_and_track` for eager code: the output, the buffer of what is kept, and the plan that reads it."""
+) -> tuple[Tensor, Tensor, ForwardPlan]:
+    """A layer's step in eager mode: the output, the buffer of what is kept, and the plan that reads it."""
     return _forward(inputs, settings, options_of_step(limits, rule), _Statistics(*state))
-
-
-@_on_its_device
-def normalize_and_track(
-    inputs: Inputs, settings: Settings, state: RunningState, limits: tuple[Any, Any] | None, rule: Rule
-) -> tuple[Tensor, Tensor, Tensor]:
-    """renorm::normalize_and_track, see `ops.schema`."""
-    options, statistics = Options(BATCH, True, rule=rule), _Statistics(*state)
-    if limits is not None:
-        found, in_memory = _limits(*limits)
-        options = Options(RENORM, True, found, rule=rule)
-        statistics = statistics._replace(r=in_memory[0], d=in_memory[1])
-    y, kept, plan = _forward(inputs, settings, options, statistics)
-    return y, plan.count(kept), plan.coefficients(kept)
 
 
 @_on_its_device
@@ -205,7 +216,7 @@ def normalize_backward(
 @_on_its_device
 def step_backward(
     dy: Tensor, saved: Sequence[Tensor | None], plan: ForwardPlan, settings: Settings, wants_residual: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> _Found:
     """The backward of `step`: from x, weight, mask, residual, y and what was kept."""
     x, weight, mask, residual, y, kept = saved
     assert x is not None
@@ -226,7 +237,7 @@ def _backward(
     offsets: tuple[int, ...],
     settings: Settings,
     wants_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> _Found:
     """Gradients from x, mask, residual, y, weight, count and coefficients; the last two may lie in one buffer, which
     is then in the place of count, and they at these offsets, in bytes."""
     x: Any = read[0]

@@ -1,0 +1,163 @@
+"""A layer's step in eager mode by the C++ kernels, past torch's dispatcher, which costs more than small layers do.
+
+A kind of step is all that follows from shape, strides, dtype and options; `dispatch.train` keeps them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..limits import Limits
+from ..moments import accumulation_dtype
+from ..transforms import unwatched
+from .backends import library_files
+from .problem import Inputs, RunningState, Settings
+from .schema import Coefficients
+from .tracking import Rule
+
+_ADDRESS, _NUMBER, _SIZE, _NAME = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64, ctypes.c_char_p
+
+
+def _functions() -> tuple[Any, ...]:
+    library = ctypes.CDLL(str(library_files()[0]))
+    signatures = {
+        "renorm_make_step": (
+            (_NAME, *[_SIZE] * 3, ctypes.c_bool, _SIZE, _SIZE, _NAME, _NAME, _NUMBER, _NUMBER),
+            _ADDRESS,
+        ),
+        "renorm_drop_step": ((_ADDRESS,), None),
+        "renorm_step": ((*[_ADDRESS] * 10, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS), ctypes.c_bool),
+        "renorm_step_backward": ((_ADDRESS,) * 12, ctypes.c_bool),
+    }
+    functions = []
+    for name, (arguments, result) in signatures.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result
+        functions.append(function)
+    return tuple(functions)
+
+
+_make_step, _drop_step, _step, _step_backward = _functions()
+
+
+class Kind:
+    """What a step of tensors of a kind needs, apart from their addresses, and where it keeps what for the backward."""
+
+    def __init__(self, x: Tensor, settings: Settings, rule: Rule) -> None:
+        self.address: int | None = None
+        examples, channels, *positions = x.shape
+        grouping, eps, act = settings
+        is_last = x.movedim(1, -1).is_contiguous()  # of (N, C) both layouts are the same, and columns the better view
+        self.is_dense = is_last or x.is_contiguous()
+        self.strides = (x if self.is_dense else torch.empty_like(x, memory_format=torch.contiguous_format)).stride()
+        self.wide = accumulation_dtype(x.dtype)
+        self.groups, self.channels = sum(number for number, _ in grouping.parts(examples)), channels
+        # made like these, which takes less time than from sizes
+        with unwatched():
+            size = (2 + len(Coefficients._fields)) * self.groups * channels + self.groups
+            self.kept = torch.empty(size, dtype=self.wide, device="cpu")
+            self.parameter = torch.empty(channels, dtype=self.wide, device="cpu")
+        self.address = _make_step(
+            str(x.dtype).removeprefix("torch.").encode(),
+            examples,
+            channels,
+            math.prod(positions),
+            is_last,
+            grouping.examples_per_group or examples,
+            grouping.channels_per_group,
+            (act or "none").encode(),
+            rule.tracking.encode(),
+            -1.0 if rule.momentum is None else rule.momentum,
+            eps,
+        )
+        _require(self.address)
+
+    def __del__(self) -> None:
+        if _drop_step is not None:  # at the interpreter's end
+            _drop_step(self.address)
+
+    def step(
+        self, inputs: Inputs, settings: Settings, state: RunningState, limits: Limits | None
+    ) -> tuple[Tensor, Tensor, Kind]:
+        """The output, the buffer of what is kept, and itself as the plan; the running statistics move, in place."""
+        x, weight, bias, mask, residual = inputs
+        mean, var, steps, skipped = state
+        if not self.is_dense:
+            x = self._dense(x)
+        if residual is not None:
+            residual = self._dense(residual)
+        weight, bias, mask = self._vector(weight), self._vector(bias), _contiguous(mask)
+        r_max, d_max = (0.0, 0.0) if limits is None else limits.at(int(steps))
+        y, kept = torch.empty_like(x), torch.empty_like(self.kept)
+        done = _step(
+            self.address, x.data_ptr(), _at(weight), _at(bias), _at(mask), _at(residual), mean.data_ptr(),
+            var.data_ptr(), steps.data_ptr(), skipped.data_ptr(), r_max, d_max, y.data_ptr(), kept.data_ptr(),
+        )  # fmt: skip
+        _require(done)
+        return y, kept, self
+
+    def backward(
+        self, dy: Tensor, saved: Sequence[Tensor | None], plan: Kind, settings: Settings, wants_residual: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Gradients of x, weight, bias and residual, from x, weight, mask, residual, y and what was kept."""
+        x, weight, mask, residual, y, kept = saved
+        assert x is not None
+        assert kept is not None
+        x, dy = self._dense(x), self._dense(dy)
+        if residual is not None:
+            residual = self._dense(residual)
+        if y is not None:
+            y = self._dense(y)
+        dx, dresidual = torch.empty_like(x), torch.empty_like(x) if wants_residual else None
+        dweight, dbias = torch.empty_like(self.parameter), torch.empty_like(self.parameter)
+        weight, mask = self._vector(weight), _contiguous(mask)
+        done = _step_backward(
+            self.address, dy.data_ptr(), x.data_ptr(), _at(weight), _at(mask), _at(residual), _at(y), kept.data_ptr(),
+            dx.data_ptr(), _at(dresidual), dweight.data_ptr(), dbias.data_ptr(),
+        )  # fmt: skip
+        _require(done)
+        return dx, dweight, dbias, dresidual
+
+    def count(self, kept: Tensor) -> Tensor:
+        """Elements of each group, (G, 1)."""
+        begin = 2 * self.groups * self.channels
+        return kept[begin : begin + self.groups].view(self.groups, 1)
+
+    def coefficients(self, kept: Tensor) -> Tensor:
+        """See `schema.Coefficients`, (6, G, C)."""
+        return kept[2 * self.groups * self.channels + self.groups :].view(-1, self.groups, self.channels)
+
+    def _dense(self, tensor: Tensor) -> Tensor:
+        """A tensor of x's shape in the layout that the plan is for."""
+        if tensor.stride() == self.strides:
+            return tensor
+        return tensor.new_empty_strided(tensor.shape, self.strides).copy_(tensor)
+
+    def _vector(self, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or (tensor.dtype is self.wide and tensor.is_contiguous()):
+            return tensor
+        return tensor.to(self.wide).contiguous()
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _require(result: object) -> None:
+    if not result:
+        raise MemoryError("the C++ kernels had no memory for a layer's step")
+
+
+def _contiguous(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous()
+
+
+def kind_of_step(inputs: Inputs, settings: Settings, rule: Rule) -> Kind:
+    """The kind of a step, see `kernels.Step`."""
+    return Kind(inputs.x, settings, rule)
