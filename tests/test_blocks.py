@@ -320,6 +320,73 @@ def test_blocks_around_compiled_layers(block: Callable[..., AbstractContextManag
         torch.testing.assert_close(buffers(layer), buffers(eager), rtol=1e-5, atol=1e-6)
 
 
+def train_until(model: nn.Module, freeze: renorm.LateFreeze, batches: list[Tensor]) -> list[bool]:
+    frozen = []
+    for batch in batches:
+        model(batch)
+        frozen.append(freeze.step())
+    return frozen
+
+
+@pytest.mark.parametrize("at", [0, 1, 7, 30])
+def test_a_late_freeze_holds_from_its_step_on(at: int) -> None:
+    batches = list(torch.randn(40, 8, 3))
+    model, expected = nn.Sequential(renorm.BatchNorm1d(3)), nn.Sequential(renorm.BatchNorm1d(3))
+    frozen = train_until(model, renorm.LateFreeze(model, at), batches)
+    for batch in batches[:at]:
+        expected(batch)
+    assert frozen == [step >= at for step in range(1, 41)]
+    assert_equal(buffers(model.train()), buffers(expected))
+    torch.testing.assert_close(model(batches[0]), expected.eval()(batches[0]))
+
+
+def test_a_training_resumed_from_a_state_dict_alone_freezes_at_the_same_step() -> None:
+    batches = list(torch.randn(12, 8, 3))
+    model = nn.Sequential(renorm.BatchRenorm1d(3, limits=LIMITS))
+    freeze = renorm.LateFreeze(model, at=8)
+    for number in range(13):
+        again = nn.Sequential(renorm.BatchRenorm1d(3, limits=LIMITS))
+        again.load_state_dict(copy.deepcopy(model.state_dict()))
+        train_until(again, renorm.LateFreeze(again, at=8), batches[number:])
+        assert again[0].frozen == "running"
+        assert int(again[0].num_batches_tracked) == 8
+        if number < 12:
+            train_until(model, freeze, batches[number : number + 1])
+    assert_equal(buffers(model), buffers(again))
+
+
+def test_layers_that_are_called_several_times_a_step_freeze_by_their_own_count() -> None:
+    model = nn.ModuleList([renorm.BatchNorm1d(3), renorm.BatchNorm1d(3)])
+    freeze = renorm.LateFreeze(model, at=20)
+    for step in range(1, 21):
+        for _ in range(4):
+            model[0](torch.randn(8, 3))
+        model[1](torch.randn(8, 3))
+        assert freeze.step() == (step == 20)
+        assert model[0].frozen == (None if step < 5 else "running")
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_a_compiled_model_freezes_late() -> None:
+    model = nn.Sequential(renorm.BatchNorm1d(3))
+    eager = copy.deepcopy(model)
+    fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+    both = renorm.LateFreeze(fast, at=2), renorm.LateFreeze(eager, at=2)
+    for x in torch.randn(4, 8, 3):
+        torch.testing.assert_close(fast(x), eager(x), rtol=1e-5, atol=1e-5)
+        assert both[0].step() == both[1].step()
+    assert int(model[0].num_batches_tracked) == 2
+
+
+def test_a_late_freeze_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no layer of renorm"):
+        renorm.LateFreeze(nn.Sequential(nn.BatchNorm1d(3)), at=2)
+    with pytest.raises(ValueError, match="at must be a step of at least 0, got -1"):
+        renorm.LateFreeze(nn.Sequential(renorm.BatchNorm1d(3)), at=-1)
+
+
 def test_joint_forward_and_two_accumulated_ones_agree_on_the_statistics() -> None:
     """CrossQ's joint forward of states and next states, against one forward each."""
     joint, apart = renorm.BatchNorm1d(3, tracking="total"), renorm.BatchNorm1d(3, tracking="total")

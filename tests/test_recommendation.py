@@ -109,7 +109,7 @@ def test_what_a_task_assumes_can_be_denied(task: str):
 def test_batch_norm_that_reads_its_batch_is_frozen_at_the_end(situation: dict[str, Any]):
     advice = recommend(batch_size=4, total_steps=_STEPS, **situation)
     assert (advice.frozen_share, advice.weigh) == (0.5, False)
-    assert 'renorm.freeze(model, statistics="running")' in advice.code
+    assert f"renorm.LateFreeze(model, at={_STEPS // 2})" in advice.code
     synchronized = recommend(batch_size=4, total_steps=_STEPS, can_synchronize=True, **_WORKERS)
     assert (synchronized.frozen_share, synchronized.options) == (0.0, {"sync": "batch"})
 
@@ -215,7 +215,7 @@ def test_it_prints_as_code_that_runs(situation: dict[str, Any]):
     advice = recommend(total_steps=1_000, **situation)
     assert str(advice).startswith(advice.code)
     names: dict[str, Any] = {"renorm": renorm, "model": nn.Sequential(nn.BatchNorm2d(4)), "validation": None}
-    exec(advice.code + "\n    pass" * (advice.frozen_share > 0), names)
+    exec(advice.code, names)
     applied = advice.apply(nn.Sequential(nn.BatchNorm2d(4)))
     assert repr(names["model"]) == repr(applied)
 
@@ -223,7 +223,8 @@ def test_it_prints_as_code_that_runs(situation: dict[str, Any]):
 def test_in_a_notebook_it_is_html():
     html = recommend(batch_size=2, total_steps=1_000)._repr_html_()
     assert html.startswith("<pre>model = renorm.convert(")
-    assert "statistics=&quot;running&quot;" in recommend(batch_size=2, total_steps=9, **_WORKERS)._repr_html_()
+    synchronized = recommend(batch_size=2, total_steps=9, can_synchronize=True, **_WORKERS)
+    assert "sync=&#x27;batch&#x27;" in synchronized._repr_html_()
     assert html.count("<li>") == 2
 
 

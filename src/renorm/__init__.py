@@ -1,7 +1,7 @@
 """Batch normalization that means the same thing in training and at inference."""
 
 from . import functional, optim, samplers
-from .blocks import accumulate, freeze
+from .blocks import LateFreeze, accumulate, freeze
 from .conversion.convert import ConversionReport, convert, to_batchnorm
 from .conversion.recipe import recipe
 from .conversion.state_dicts import merge, translate_state_dict
@@ -58,6 +58,7 @@ __all__ = [
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
     "Inspection",
+    "LateFreeze",
     "Limits",
     "Moments",
     "Norm",

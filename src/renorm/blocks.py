@@ -1,4 +1,4 @@
-"""When running statistics move: once for several batches, or not at all."""
+"""When running statistics move: once for several batches, not at all, or until a step."""
 
 from __future__ import annotations
 
@@ -104,6 +104,73 @@ def freeze(*models: nn.Module, statistics: Statistics = "batch") -> Iterator[Non
     frozen = Frozen(statistics)
     with pushed(dict.fromkeys(_tracking_layers(models), frozen)):
         yield
+
+
+class LateFreeze:
+    """From a step on, layers train by their running statistics, which stay as they are: batch norm's fair rival.
+
+    A network that ends its training so computes in training what it computes at evaluation, as with batch renorm, though
+    only from then on. Steps are the layers' own, `num_batches_tracked`, and stop where the layers freeze. So nothing
+    has to be saved: a training that is resumed makes its `LateFreeze` after loading the state dict, and goes on as it
+    was, frozen or not. What freezes is `layer.frozen`, which outlasts `model.train()`.
+
+    Args:
+        model: with layers of renorm that have running statistics, compiled or wrapped or not.
+        at: step from which they are frozen, at least 0; each layer counts its own.
+
+    Raises:
+        ValueError: `at` is less than 0, or there is no such layer.
+
+    Source:
+        Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 4.3 (population batch in training, "FrozenBN").
+
+    Example:
+        >>> import torch, renorm
+        >>> model = nn.Sequential(renorm.BatchNorm1d(3))
+        >>> freeze = LateFreeze(model, at=2)
+        >>> for _ in range(4):
+        ...     y = model(torch.randn(8, 3))
+        ...     freeze.step()
+        False
+        True
+        True
+        True
+        >>> model[0].frozen, model[0].num_batches_tracked
+        ('running', tensor(2))
+    """
+
+    def __init__(self, model: nn.Module, at: int) -> None:
+        if at < 0:
+            raise ValueError(f"at must be a step of at least 0, got {at}")
+        self._at = at
+        self._layers = [layer for layer in norms(model).values() if layer.has_statistics]
+        if not self._layers:
+            raise ValueError(
+                "model has no layer of renorm with running statistics to freeze: renorm.convert(model, "
+                "renorm.BatchNorm) makes torch's renorm's"
+            )
+        self._look()
+
+    def step(self) -> bool:
+        """Freeze the layers that have come so far; to be called after each step of the training.
+
+        Returns:
+            Whether all layers are frozen.
+        """
+        self._rest -= 1
+        if self._layers and self._rest <= 0:
+            self._look()
+        return not self._layers
+
+    def _look(self) -> None:
+        # Not at every step, since to look waits for the device. Where layers count up to 4 times a step, as in a
+        # network that is called several times, nothing is missed.
+        steps = [int(layer.num_batches_tracked) for layer in self._layers]
+        for layer, step in zip(self._layers, steps, strict=True):
+            if step >= self._at:
+                layer.frozen = "running"
+        self._layers = [layer for layer, step in zip(self._layers, steps, strict=True) if step < self._at]
+        self._rest = max(1, (self._at - max(steps)) // 4)
 
 
 def _tracking_layers(models: tuple[nn.Module, ...]) -> list[Norm]:

@@ -94,8 +94,9 @@ class Recommendation:
         """The lines to copy."""
         lines = [self._conversion()]
         if self.frozen_share:
-            lines.append(f"# for the last {self.frozen_share:.0%} of the steps, around forward and backward:")
-            lines.append('with renorm.freeze(model, statistics="running"):')
+            at = round(self.total_steps * (1 - self.frozen_share))
+            lines.append(f"freeze = renorm.LateFreeze(model, at={at})")
+            lines.append("freeze.step()  # after every step of the training")
         if self.weigh:
             lines.append("renorm.weigh(model, validation)  # once it is trained")
         return "\n".join(lines)
