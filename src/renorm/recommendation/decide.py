@@ -269,6 +269,11 @@ def _dependent(situation: _Situation) -> Recommendation:
             "a learning rate several times as large; of many classes of natural images it learned little so, and group "
             "norm was ahead."
         )
+        if situation.task == "federated":
+            why += (
+                " On the server merge the clients' state dicts by renorm.merge: it keeps how far their means lie apart, "
+                "which an average of buffers loses."
+            )
         return _advice(situation, why, BatchNorm, {}, (WORKERS, WORKERS_DIGITS, WORKERS_IMAGES), frozen_share=0.5)
     if situation.task == "metric":
         options = {"examples_per_group": _ENOUGH} if situation.batch_size >= _ENOUGH else {}
