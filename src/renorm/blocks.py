@@ -110,9 +110,9 @@ class LateFreeze:
     """From a step on, layers train by their running statistics, which stay as they are: batch norm's fair rival.
 
     A network that ends its training so computes in training what it computes at evaluation, as with batch renorm,
-    though only from then on. Steps are the layers' own, `num_batches_tracked`, and stop where the layers freeze. So nothing
-    has to be saved: a training that is resumed makes its `LateFreeze` after loading the state dict, and goes on as it
-    was, frozen or not. What freezes is `layer.frozen`, which outlasts `model.train()`.
+    though only from then on. Steps are the layers' own, `num_batches_tracked`, and stop where the layers freeze. So
+    nothing has to be saved: a training that is resumed makes its `LateFreeze` after loading the state dict, and goes on
+    as it was, frozen or not. What freezes is `layer.frozen`, which outlasts `model.train()`.
 
     Args:
         model: with layers of renorm that have running statistics, compiled or wrapped or not.

@@ -271,8 +271,8 @@ def _dependent(situation: _Situation) -> Recommendation:
         )
         if situation.task == "federated":
             why += (
-                " On the server merge the clients' state dicts by renorm.merge: it keeps how far their means lie apart, "
-                "which an average of buffers loses."
+                " On the server merge the clients' state dicts by renorm.merge: it keeps how far their means lie "
+                "apart, which an average of buffers loses."
             )
         return _advice(situation, why, BatchNorm, {}, (WORKERS, WORKERS_DIGITS, WORKERS_IMAGES), frozen_share=0.5)
     if situation.task == "metric":
