@@ -5,7 +5,7 @@ from .blocks import LateFreeze, accumulate, freeze
 from .conversion.convert import ConversionReport, convert, to_batchnorm
 from .conversion.recipe import recipe
 from .conversion.state_dicts import merge, translate_state_dict
-from .inference.estimate import estimate
+from .inference.estimate import adapt, estimate
 from .inference.report import Weighing
 from .inference.weigh import weigh
 from .inspection.inspect import inspect
@@ -65,6 +65,7 @@ __all__ = [
     "Recommendation",
     "Weighing",
     "accumulate",
+    "adapt",
     "convert",
     "estimate",
     "freeze",

@@ -174,5 +174,7 @@ class Limits:
         return low + share / (1 - share) if high == math.inf else low + (high - low) * share
 
 
+UNLIMITED = Limits.constant(r_max=math.inf, d_max=math.inf)
+
 # No correction, but single elements are still taken: while statistics are taken anew.
 AT_REST = Limits.constant(r_max=1.0, d_max=0.0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch.fx.proxy import Proxy
 from .activation import Activation, require_activation
 from .checks import check_channels, check_example_weight
 from .grouping import Grouping
-from .limits import AT_REST, Limits
+from .limits import AT_REST, UNLIMITED, Limits
 from .moments import Moments
 from .occasions import Occasion, occasion_of
 from .ops.dispatch import evaluate, normalize, target_of, train
@@ -214,6 +215,21 @@ class Norm(State):
         if occasion is not None:
             return self._normalize_apart(inputs, settings, occasion)
         return train(inputs, settings, state, limits, Rule(self.tracking, self._momentum))
+
+    @contextmanager
+    def adapting(self, momentum: float) -> Iterator[None]:
+        """Let every batch move the statistics, corrected towards them without limits, whatever the settings are."""
+        settings: Any = vars(self)
+        names = ("limits", "tracking", "track_running_stats", "estimates", "blocks", "sync", "pool", "_momentum")
+        before = {name: settings[name] for name in names if name in settings}
+        meanwhile = (UNLIMITED, "total", True, False, (), None, None, momentum)
+        settings.update(zip(names, meanwhile, strict=True))
+        try:
+            yield
+        finally:
+            for name in names:
+                settings.pop(name, None)
+            settings.update(before)
 
     def _limits_now(self) -> Limits | None:
         return AT_REST if self.estimates and self.limits is not None else self.limits

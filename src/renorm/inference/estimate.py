@@ -1,4 +1,4 @@
-"""Running statistics anew, from data."""
+"""Running statistics anew: from data beforehand, `estimate`, or along a stream, `adapt`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..grouping import Grouping
-from ..modules import tracking_layers
+from ..modules import replace_modules, tracking_layers
 from ..moments import Moments
 from ..norm import Norm
 from ..occasions import Accumulation, counts
@@ -19,7 +19,7 @@ from ..ops.statistics import moments_of
 from ..ops.tracking import update_running
 from ..workers.group import Workers
 from ..workers.sums import Summed, from_sums, to_sums
-from .passes import ModelCall, arguments, batch_statistics, forward
+from .passes import ModelCall, arguments, batch_statistics, forward, modes, renorm_layers
 
 
 def estimate(model: nn.Module, loader: Iterable[Any], *, forward: ModelCall = forward) -> nn.Module:
@@ -77,6 +77,64 @@ def estimate(model: nn.Module, loader: Iterable[Any], *, forward: ModelCall = fo
         total = Workers().sum(total)
     _write(layers, summed, total)
     return model
+
+
+@contextmanager
+def adapt(model: nn.Module, *, momentum: float = 0.05) -> Iterator[None]:
+    """Let running statistics follow a stream at test time, and leave the model as it was at the end.
+
+    A batch is normalized by the statistics of the batches before it, and then moves them: a training step of batch
+    renorm without limits, with everything else as at evaluation. So an example's output does not depend on the others
+    of its batch, as it does with batch statistics, which a stream sorted by class ruins; it depends on what came
+    before. The variance is that of all the stream's examples around the moving mean (`tracking="total"`), so that
+    single images do as well as batches. Weights stay as they are. Whoever changes them by gradients meanwhile (Tent and others) takes them from a
+    copy.
+
+    Inside the block neither `model.train()` nor `model.eval()` is to be called, and nothing is compiled. Example
+    weights and `frozen` rest, and workers of a distributed evaluation adapt each by itself. The model's own
+    `state_dict` holds the statistics as they are then; the block's end restores them, also after an error.
+
+    Args:
+        model: trained, with layers of renorm or nn.BatchNorm (not its subclasses, which stay as they are, with a
+            warning), whose running statistics are the first to normalize by.
+        momentum: weight of a new batch, in (0, 1). 0.05 is for batches of 32, which so remember some 640 examples; in
+            proportion for others: 0.0016 for single images, 0.3 for batches of 200.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: `momentum` is out of range, or there is no norm layer with running statistics.
+
+    Source:
+        Zhao, Chen & Xia 2023 (DELTA), section 3.1, test-time batch renormalization; Ioffe 2017, algorithm 1.
+
+    Example:
+        >>> import renorm
+        >>> model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()).eval()
+        >>> stream = 2 + torch.randn(100, 16, 3, 8, 8)
+        >>> with torch.no_grad(), renorm.adapt(model):
+        ...     means = [model(images).mean().abs().item() for images in stream]
+        >>> means[-1] < 0.5 < means[0]
+        True
+        >>> model[0].running_mean
+        tensor([0., 0., 0.])
+    """
+    if not 0 < momentum < 1:
+        raise ValueError(f"momentum must be a number between 0 and 1, got {momentum}")
+    modules = dict(model.named_modules())
+    layers = renorm_layers(model)
+    kept = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in layers.values()]
+    try:
+        with modes(model, set(layers.values())), ExitStack() as stack:
+            for layer in layers.values():
+                stack.enter_context(layer.adapting(momentum))
+            yield
+    finally:
+        for layer, buffers in zip(layers.values(), kept, strict=True):
+            for name, buffer in buffers.items():
+                layer.get_buffer(name).copy_(buffer)
+        replace_modules(model, {layer: modules[name] for name, layer in layers.items()})
 
 
 def _summed(layer: Any) -> Summed:

@@ -9,8 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..blocks import pushed
+from ..conversion.convert import convert
+from ..conversion.targets import replacement, target_class
+from ..layers import BatchNorm
+from ..modules import norms, replace_modules, tracks
 from ..norm import Norm
 from ..occasions import Accumulation, Frozen
 
@@ -86,6 +91,45 @@ def arguments(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, T
     x = inputs[0] if inputs else named["x" if "x" in named else "input"]
     mask = inputs[1] if len(inputs) > 1 else named.get("mask")
     return x.detach(), None if mask is None else mask.expand(x.shape[0], *x.shape[2:])
+
+
+def renorm_layers(model: nn.Module) -> dict[str, Norm]:
+    """The norm layers of a model that have running statistics, torch's replaced by renorm's in place.
+
+    Args:
+        model: with layers of renorm or torch.
+
+    Returns:
+        Layers by name.
+
+    Raises:
+        ValueError: there is none, or the model itself is torch's.
+
+    Warns:
+        UserWarning: subclasses of torch's are passed over.
+    """
+    # one by one, since at evaluation it does not matter how the modules around them call them
+    plain = [(name, module) for name, module in model.named_modules() if name and _is_plain(module)]
+    targets = {module: target_class(module, BatchNorm)[0] for _, module in plain}
+    new: dict[nn.Module, nn.Module] = {
+        old: replacement(name, old, cls, "keep", {}) for name, old in plain if (cls := targets[old]) is not None
+    }
+    replace_modules(model, new)
+    if any(map(_is_plain, model.modules())):
+        converted = convert(model, BatchNorm, where=lambda _, module: _is_plain(module), report=lambda report: None)
+        if converted is not model:
+            raise ValueError("model must contain its norm layer: convert(model, renorm.BatchNorm) replaces it itself")
+    layers = {name: layer for name, layer in norms(model).items() if layer.has_statistics}
+    if not layers:
+        raise ValueError(
+            "model has no norm layer with running statistics: it must have nn.BatchNorm or layers of renorm, with "
+            "track_running_stats=True; subclasses of nn.BatchNorm are passed over"
+        )
+    return layers
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and not isinstance(module, Norm) and tracks(module)
 
 
 @contextmanager

@@ -10,14 +10,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..conversion.convert import convert
-from ..conversion.targets import replacement, target_class
-from ..layers import BatchNorm
-from ..modules import norms, replace_modules, tracking_layers, tracks
+from ..modules import replace_modules, tracking_layers
 from ..norm import Norm
-from .passes import ModelCall, forward, modes, progress, target
+from .passes import ModelCall, forward, modes, progress, renorm_layers, target
 from .report import Point, Weighing
 from .scores import Evaluation, ExampleScore, Judge, Metric
 
@@ -89,7 +85,7 @@ def weigh(
     """
     judge = _checked(loader, metric, per, higher_is_better)
     modules = dict(model.named_modules())
-    layers = _layers(model)
+    layers = renorm_layers(model)
     parts = _parts(layers, per)
     before = [layer.example_weight for layer in layers.values()]
     try:
@@ -215,31 +211,6 @@ class _Passes:
         """Scores by example weight, higher being better."""
         sign = 1 if self._judge.higher_is_better else -1
         return {alpha: sign * evaluation.score for alpha, evaluation in known.items()}
-
-
-def _layers(model: nn.Module) -> dict[str, Norm]:
-    # one by one, since at evaluation it does not matter how the modules around them call them
-    plain = [(name, module) for name, module in model.named_modules() if name and _is_plain(module)]
-    targets = {module: target_class(module, BatchNorm)[0] for _, module in plain}
-    new: dict[nn.Module, nn.Module] = {
-        old: replacement(name, old, cls, "keep", {}) for name, old in plain if (cls := targets[old]) is not None
-    }
-    replace_modules(model, new)
-    if any(map(_is_plain, model.modules())):
-        converted = convert(model, BatchNorm, where=lambda _, module: _is_plain(module), report=lambda report: None)
-        if converted is not model:
-            raise ValueError("model must contain its norm layer: convert(model, renorm.BatchNorm) replaces it itself")
-    layers = {name: layer for name, layer in norms(model).items() if layer.has_statistics}
-    if not layers:
-        raise ValueError(
-            "model has no norm layer with running statistics: it must have nn.BatchNorm or layers of renorm, with "
-            "track_running_stats=True; subclasses of nn.BatchNorm are passed over"
-        )
-    return layers
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and not isinstance(module, Norm) and tracks(module)
 
 
 def _parts(layers: dict[str, Norm], per: Per) -> list[list[Norm]]:
