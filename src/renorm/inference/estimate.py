@@ -87,8 +87,8 @@ def adapt(model: nn.Module, *, momentum: float = 0.05) -> Iterator[None]:
     renorm without limits, with everything else as at evaluation. So an example's output does not depend on the others
     of its batch, as it does with batch statistics, which a stream sorted by class ruins; it depends on what came
     before. The variance is that of all the stream's examples around the moving mean (`tracking="total"`), so that
-    single images do as well as batches. Weights stay as they are. Whoever changes them by gradients meanwhile (Tent and others) takes them from a
-    copy.
+    single images do as well as batches. Weights stay as they are; whoever changes them by gradients meanwhile (Tent and
+    others) adapts a copy.
 
     Inside the block neither `model.train()` nor `model.eval()` is to be called, and nothing is compiled. Example
     weights and `frozen` rest, and workers of a distributed evaluation adapt each by itself. The model's own
