@@ -332,3 +332,31 @@ def test_compiled_layers_contain_the_operation_once_per_direction() -> None:
     calls = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
     assert calls.count("renorm.normalize.default") == 2
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("options", [{}, {"channels_per_group": 2}], ids=["a channel", "two"])
+def test_a_slope_that_jumps_is_the_same_in_every_backend(
+    dtype: torch.dtype, act: Any, with_residual: bool, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(70, 16, 5) * 2
+    near = renorm.BatchNorm1d(16, **options)(x).detach()
+    residual = torch.where(torch.rand_like(x) < 0.5, 0.0, 6.0) - near  # so that all sums are near 0 or 6
+
+    def gradient() -> torch.Tensor:
+        given = x.to(dtype).requires_grad_(), residual.to(dtype).requires_grad_()
+        layer = renorm.BatchNorm1d(16, act=act, bias=False, **options)
+        layer(given[0], residual=given[1] if with_residual else None).sum().backward()
+        wanted = given[1].grad if with_residual else layer.weight.grad
+        assert wanted is not None
+        return wanted
+
+    by_kernels = gradient()
+    monkeypatch.setitem(backends.available, "cpu", False)
+    if with_residual:
+        assert (gradient() != by_kernels).sum() <= 30  # of 5,600; some round otherwise, as sums have another order
+    else:
+        torch.testing.assert_close(gradient(), by_kernels, rtol=1e-4, atol=1e-4)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..activation import activate
-from ..moments import Moments
+from ..activation import activate, is_piecewise_linear
+from ..moments import Moments, accumulation_dtype
 from . import reference
 from .problem import Correction, Implementation, Inputs, Running, Settings, Target
 from .statistics import merge_running
@@ -30,9 +30,17 @@ def compose(
     Returns:
         The output, 0 where masked, and the moments, which are constants for autograd.
     """
-    x, weight, bias, mask, _ = inputs
+    x, weight, bias, mask, residual = inputs
+    narrow, wide = x.dtype, accumulation_dtype(x.dtype)
+    act = settings.act
+    if narrow != wide and implementation is reference.DEFINITION and (act is not None or residual is not None):
+        # as the kernels, which round once: rounding in between would change slopes where they jump
+        x, residual = x.to(wide), None if residual is None else residual.to(wide)
     y, mean, var, count, *_ = _ByTorch.apply(x, weight, bias, mask, correction, settings, implementation)
-    return finish(y, inputs, settings), Moments(mean, var, count)
+    y = finish(y, inputs._replace(residual=residual), settings._replace(act=None))
+    if residual is not None and act is not None and is_piecewise_linear(act):
+        y = y.to(narrow)  # these have kept their output, and take the slope from it
+    return activate(y, act).to(narrow), Moments(mean, var, count)
 
 
 def evaluate(inputs: Inputs, settings: Settings, running: Running, example_weight: float) -> Tensor:
