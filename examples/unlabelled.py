@@ -28,7 +28,7 @@ from torch.nn.functional import avg_pool2d, cross_entropy
 
 import renorm
 from common import positive, replace_file, save_csv
-from renorm.samplers import ClassBatchSampler, RandomBatchSampler
+from renorm.samplers import ClassBatchSampler
 from trained import BATCH, Images, accuracy, batches, load, network, train
 
 CLASSES, FIRST_SEED = 20, 10  # the way that weigh has was chosen on other seeds
@@ -114,8 +114,7 @@ def weigh_by_moments(model: nn.Module, given: Batches, *, per_layer: bool = Fals
     layers = [module for module in model.modules() if isinstance(module, renorm.Norm)]
     plain = {layer: copy.deepcopy(layer) for layer in layers}  # without gamma and beta
     for layer in plain.values():
-        nn.init.ones_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        layer.weight = layer.bias = None
         layer.frozen = "batch"
     distances = {layer: torch.zeros(len(GRID)) for layer in layers}
 
@@ -144,6 +143,8 @@ def weighed(model: nn.Module, way: str, n: int, validation: Images, alike: Batch
         return weigh(validation.batches(), "accuracy").is_noise
     if way == "by training mode":
         return weigh([x for x, _ in alike], "training_mode").is_noise
+    if way == "by training mode, each layer":
+        return weigh([x for x, _ in alike], "training_mode", per="layer").is_noise
     if way == "by training mode, shuffled":
         return weigh([x for x, _ in shuffled], "training_mode", batch_size=n).is_noise
     if way == "by outputs":
@@ -160,8 +161,8 @@ def weighed(model: nn.Module, way: str, n: int, validation: Images, alike: Batch
 
 
 EVERY_WAY = (
-    "as trained", "by labels", "by labels' accuracy", "by training mode", "by training mode, shuffled", "by outputs",
-    "by moments", "by moments, each layer", "1 / n",
+    "as trained", "by labels", "by labels' accuracy", "by training mode", "by training mode, each layer",
+    "by training mode, shuffled", "by outputs", "by moments", "by moments, each layer", "1 / n",
 )  # fmt: skip
 
 

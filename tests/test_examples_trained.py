@@ -221,3 +221,39 @@ def test_numbers_of_the_page_on_trained_models_are_those_of_the_tables() -> None
         tests = [spread(runs, column, 1) for column in ("test_before", "test_after")]
         assert numbers == [varies, f"{sure} of {len(runs)}", *tests]
         assert {run["worst"] for run in runs} == {"none" if regime == "independent" else "between_within"}
+
+
+@pytest.mark.slow
+def test_networks_are_weighed_without_labels_and_with_them(tmp_path: Path) -> None:
+    done = run("unlabelled", "--steps", 200, "--seeds", 1, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = check_files(tmp_path, "unlabelled-digits")
+    regimes = ("workers", "few classes", "independent, 2", "independent, 4", "independent, 32")
+    assert {row["regime"] for row in rows} == set(regimes)
+    assert len(rows) == len(regimes) * 10
+    workers = {row["way"]: float(row["test_accuracy"]) for row in rows if row["regime"] == "workers"}
+    assert workers["by training mode"] > workers["as trained"] + 20
+    for row in rows:
+        if row["is_noise"] == "True":
+            assert float(row["alpha"]) == 0
+
+
+@needs_results
+def test_numbers_of_the_page_on_weighing_without_labels_are_those_of_the_tables() -> None:
+    ways = {
+        "as trained": "as trained",
+        "labels": "by labels",
+        "training mode": "by training mode",
+        "the same, shuffled batches": "by training mode, shuffled",
+        "moments (EvalNorm)": "by moments",
+        "1 / n (EvalNorm)": "1 / n",
+    }
+    found = [row for row in cells("trained-models", 6) if row[0].partition(": ")[2] in ways]
+    assert len(found) == 2 * len(ways)
+    for label, *numbers in found:
+        data, _, way = label.partition(": ")
+        rows = [row for row in table(EXAMPLES / "results" / f"unlabelled-{data}.csv") if row["way"] == ways[way]]
+        regimes = ("workers", "few classes", "independent, 2", "independent, 4", "independent, 32")
+        runs = [[float(row["test_accuracy"]) for row in rows if row["regime"] == regime] for regime in regimes]
+        assert {len(run) for run in runs} == {3}
+        assert numbers == [f"{mean(run):.1f}" for run in runs]
