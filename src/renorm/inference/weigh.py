@@ -102,6 +102,8 @@ def weigh(
         >>> found = weigh(model, batches, "cross_entropy")
         >>> found.alpha == model[1].example_weight
         True
+        >>> weigh(model, [x for x, _ in batches], "training_mode", batch_size=10).metric
+        'training_mode'
     """
     judge = _checked(loader, metric, per, batch_size, higher_is_better)
     modules = dict(model.named_modules())
