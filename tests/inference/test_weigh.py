@@ -679,3 +679,8 @@ def test_a_rehearsal_in_training_mode_changes_nothing(dependent: nn.Module, conv
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(ValueError, match="batch_size must be at most"):
         rehearse(model, in_a_light_each(), metric="training_mode", batch_size=100)
+
+
+def test_a_single_batch_in_training_mode_is_not_taken_for_certain(dependent: nn.Module) -> None:
+    before = renorm.weigh(copy.deepcopy(dependent), [X[HELD_OUT]], "training_mode").before
+    assert before.low < before.mean < before.high
