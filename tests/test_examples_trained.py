@@ -221,3 +221,80 @@ def test_numbers_of_the_page_on_trained_models_are_those_of_the_tables() -> None
         tests = [spread(runs, column, 1) for column in ("test_before", "test_after")]
         assert numbers == [varies, f"{sure} of {len(runs)}", *tests]
         assert {run["worst"] for run in runs} == {"none" if regime == "independent" else "between_within"}
+
+
+@pytest.mark.slow
+def test_networks_are_weighed_without_labels_and_with_them(tmp_path: Path) -> None:
+    done = run("unlabelled", "--steps", 200, "--seeds", 1, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = check_files(tmp_path, "unlabelled-digits")
+    regimes = ("workers", "few classes", "independent, 2", "independent, 4", "independent, 32")
+    assert {row["regime"] for row in rows} == set(regimes)
+    assert len(rows) == len(regimes) * 10
+    workers = {row["way"]: float(row["test_accuracy"]) for row in rows if row["regime"] == "workers"}
+    assert workers["by training mode"] > workers["as trained"] + 20
+    for row in rows:
+        if row["is_noise"] == "True":
+            assert float(row["alpha"]) == 0
+
+
+@needs_results
+def test_numbers_of_the_page_on_weighing_without_labels_are_those_of_the_tables() -> None:
+    ways = {
+        "as trained": "as trained",
+        "labels": "by labels",
+        "training mode": "by training mode",
+        "the same, shuffled batches": "by training mode, shuffled",
+        "moments (EvalNorm)": "by moments",
+        "1 / n (EvalNorm)": "1 / n",
+    }
+    found = [row for row in cells("trained-models", 6) if row[0].partition(": ")[2] in ways]
+    assert len(found) == 2 * len(ways)
+    for label, *numbers in found:
+        data, _, way = label.partition(": ")
+        rows = [row for row in table(EXAMPLES / "results" / f"unlabelled-{data}.csv") if row["way"] == ways[way]]
+        regimes = ("workers", "few classes", "independent, 2", "independent, 4", "independent, 32")
+        runs = [[float(row["test_accuracy"]) for row in rows if row["regime"] == regime] for regime in regimes]
+        assert {len(run) for run in runs} == {3}
+        assert numbers == [f"{mean(run):.1f}" for run in runs]
+
+
+@needs_results
+def test_claims_of_the_page_on_weighing_without_labels_are_those_of_the_tables() -> None:
+    means: dict[tuple[str, str, str], float] = {}
+    lost = []
+    for data in ("digits", "cifar100"):
+        rows = table(EXAMPLES / "results" / f"unlabelled-{data}.csv")
+        for row in rows:
+            runs = [run for run in rows if (run["regime"], run["way"]) == (row["regime"], row["way"])]
+            means[data, row["regime"], row["way"]] = mean(float(run["test_accuracy"]) for run in runs)
+            if row["way"] == "as trained":
+                (own,) = (
+                    run for run in rows
+                    if (run["regime"], run["seed"], run["way"]) == (row["regime"], row["seed"], "by training mode")
+                )  # fmt: skip
+                lost.append(float(row["test_accuracy"]) - float(own["test_accuracy"]))
+
+    def share(data: str, regime: str, way: str) -> str:
+        before, labels, own = (means[data, regime, name] for name in ("as trained", "by labels", way))
+        return f"{(own - before) / (labels - before):.0%}"
+
+    page = " ".join((ROOT / "docs" / "trained-models.md").read_text(encoding="utf-8").split())
+    shuffled = [share(data, "workers", "by training mode, shuffled") for data in ("digits", "cifar100")]
+    assert f"{shuffled[0]} of it on digits, {shuffled[1]} on CIFAR-100" in page
+    assert f"Independent pairs on CIFAR-100: {share('cifar100', 'independent, 2', 'by training mode')} of it" in page
+    assert sorted(lost)[-2] <= 0 < max(lost)
+    assert f"one network on digits, which lost {max(lost):.1f} points" in page
+    apart = [
+        abs(means[data, regime, way] - means[data, regime, "by training mode"])
+        for data, regime, way in means
+        if way == "by training mode, each layer"
+    ]
+    assert f"stayed within {max(apart):.1f} points of one for all" in page
+    independent = [key[:2] for key in means if key[1].startswith("independent")]
+    losses = {
+        way: max(means[(*place, "as trained")] - means[(*place, way)] for place in independent)
+        for way in ("1 / n", "by moments", "by outputs")
+    }
+    assert f"the rule lost up to {losses['1 / n']:.0f} points, moments {losses['by moments']:.1f}." in page
+    assert f"lost up to {losses['by outputs']:.1f} where nothing" in page

@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 import renorm
 from renorm.inference.scores import Judge, bootstrap
-from renorm.inference.weigh import _parts
+from renorm.inference.weigh import _parts, rehearse
 
 DIGITS = load_digits()
 X = torch.as_tensor(DIGITS.images, dtype=torch.float32).unsqueeze(1) / 16
@@ -284,7 +284,16 @@ class Once:
         (iter(LOADER), {}, ValueError, "not an iterator"),
         ([], {}, ValueError, "loader has no example"),
         (Once(), {}, TypeError, r"a batch must be \(input, target\)"),
-        (LOADER, {"metric": "f1"}, ValueError, "metric must be one of 'accuracy', 'cross_entropy', a function or"),
+        (LOADER, {"metric": "f1"}, ValueError, "one of 'accuracy', 'cross_entropy', 'training_mode', a function or"),
+        (LOADER, {"batch_size": 4}, ValueError, "None but for metric='training_mode', .* got 4 with accuracy"),
+        (
+            LOADER,
+            {"metric": "training_mode", "batch_size": 0},
+            ValueError,
+            "whole number of at least 1, .* got 0",
+        ),
+        (LOADER, {"metric": "training_mode", "batch_size": 2.0}, ValueError, "whole number of at least 1, .* got 2.0"),
+        (LOADER, {"metric": "training_mode", "batch_size": 51}, ValueError, "at most that of the loader's, 50, got 51"),
         (LOADER, {"metric": lambda y, t: y}, ValueError, "higher_is_better must be True or False"),
         (LOADER, {"metric": lambda y, t: y, "higher_is_better": True}, ValueError, r"of each example, \(N,\)"),
     ],
@@ -310,7 +319,7 @@ class Segmenter(nn.Module):
 SCENES = [(torch.randn(4, 1, 6, 6), torch.randint(3, (4, 6, 6))) for _ in range(4)]
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "cross_entropy", MulticlassAccuracy(3)], ids=str)
+@pytest.mark.parametrize("metric", ["accuracy", "cross_entropy", "training_mode", MulticlassAccuracy(3)], ids=str)
 def test_a_model_that_returns_a_dictionary_is_weighed_by_the_forward_that_the_error_names(metric: Any) -> None:
     model = Segmenter()
     modules = list(model.modules())
@@ -544,3 +553,134 @@ def test_a_weight_for_each_layer_is_that_of_a_sweep_by_hand(dependent: nn.Module
             torch.testing.assert_close(
                 model.eval()(X[HELD_OUT]), scores_by_hand(dependent, alphas, X[HELD_OUT]), rtol=1e-5, atol=1e-5
             )
+
+
+def in_a_light_each() -> list[Tensor]:
+    """Batches as `trained(dependent=True)` had them, without labels."""
+    generator = torch.Generator().manual_seed(2)
+    return [x * 4 ** torch.randn((), generator=generator) for x in X[HELD_OUT].split(50)]
+
+
+def by_hand_in_training_mode(model: nn.Module, x: Tensor) -> Tensor:
+    for module in model:
+        if isinstance(module, nn.BatchNorm2d):
+            x = nn.functional.batch_norm(x, None, None, module.weight, module.bias, training=True, eps=module.eps)
+        else:
+            x = module(x)
+    return x
+
+
+def test_without_labels_the_right_class_is_that_of_training_mode(dependent: nn.Module) -> None:
+    batches = in_a_light_each()
+    found = renorm.weigh(copy.deepcopy(dependent), batches, "training_mode")
+    assert found.metric == "training_mode"
+    with torch.no_grad():
+        classes = [by_hand_in_training_mode(dependent, x).argmax(1) for x in batches]
+        for point in found.curve:
+            scores = [
+                nn.functional.cross_entropy(scores_by_hand(dependent, point.alpha, x), y, reduction="none").double()
+                for x, y in zip(batches, classes, strict=True)
+            ]
+            assert point.score.mean == pytest.approx(torch.cat(scores).mean().item(), rel=1e-4)
+            if point.alpha == 0:  # an example's class depends on its batch, so whole batches are drawn
+                sizes = torch.tensor([len(x) for x in batches]).double()
+                by_batch = bootstrap(torch.stack([score.sum() for score in scores]), sizes).interval
+                assert found.before.low == pytest.approx(by_batch.low, rel=1e-4)
+                assert found.before.high == pytest.approx(by_batch.high, rel=1e-4)
+
+
+def test_accuracy_is_won_back_without_labels(dependent: nn.Module) -> None:
+    x, accuracies = in_their_own_light(X[HELD_OUT]), []
+    for metric in (None, "cross_entropy", "training_mode"):
+        model = copy.deepcopy(dependent)
+        if metric == "training_mode":
+            assert renorm.weigh(model, in_a_light_each(), metric).gain.low > 0
+        elif metric is not None:
+            renorm.weigh(model, DataLoader(TensorDataset(x, Y[HELD_OUT]), 50), metric)
+        with torch.no_grad():
+            accuracies.append((model.eval()(x).argmax(1) == Y[HELD_OUT]).double().mean().item())
+    before, labelled, unlabelled = accuracies
+    assert labelled > before + 0.02
+    assert unlabelled - before > 0.8 * (labelled - before)
+
+
+@pytest.mark.parametrize(
+    "form", [lambda x: (x,), lambda x: [x, "nothing"], lambda x: {"input": x}, lambda x: {"input": x, "labels": None}]
+)
+def test_batches_without_a_target_are_taken_in_any_form(dependent: nn.Module, form: Any) -> None:
+    batches = in_a_light_each()[:4]
+    expected = renorm.weigh(copy.deepcopy(dependent), batches, "training_mode")
+    assert renorm.weigh(copy.deepcopy(dependent), [form(x) for x in batches], "training_mode") == expected
+
+
+def test_a_batch_size_is_how_many_examples_share_statistics(dependent: nn.Module) -> None:
+    x = X[HELD_OUT][:200]
+    small = renorm.weigh(copy.deepcopy(dependent), x.split(2), "training_mode")
+    model = copy.deepcopy(dependent)
+    large = renorm.weigh(model, x.split(50), "training_mode", batch_size=2)
+    assert large.before.mean == pytest.approx(small.before.mean, rel=1e-5)
+    assert large.before.mean != renorm.weigh(copy.deepcopy(dependent), x.split(50), "training_mode").before.mean
+    assert model[1].examples_per_group is None  # as it was
+
+
+def test_layers_that_say_how_many_examples_share_statistics_are_asked(dependent: nn.Module) -> None:
+    x = X[HELD_OUT][:200].split(50)
+    ghost = renorm.convert(
+        copy.deepcopy(dependent), renorm.GhostBatchNorm, examples_per_group=10, report=lambda report: None
+    )
+    expected = renorm.weigh(copy.deepcopy(dependent), x, "training_mode", batch_size=10)
+    assert renorm.weigh(ghost, x, "training_mode").before.mean == pytest.approx(expected.before.mean, rel=1e-5)
+
+
+def test_training_mode_moves_no_statistics_and_forwards_a_batch_twice_a_pass(dependent: nn.Module) -> None:
+    model, examples = copy.deepcopy(dependent).train(), 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal examples
+        examples += len(inputs[0])
+
+    model[0].register_forward_pre_hook(count)
+    state = copy.deepcopy(model.state_dict())
+    found = renorm.weigh(model, X[HELD_OUT].split(20), "training_mode")
+    assert found.passes <= 8
+    assert examples / len(HELD_OUT) == pytest.approx(2 * found.passes)
+    assert all(module.training for module in model)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_where_training_mode_agrees_already_the_model_stays_as_it_was(independent: nn.Module) -> None:
+    model = copy.deepcopy(independent)
+    assert renorm.weigh(model, X[HELD_OUT].split(50), "training_mode").is_noise
+    assert model[1].example_weight == 0
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_outputs_without_classes_have_none_in_training_mode(shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(1))
+    with pytest.raises(ValueError, match="training_mode is of logits"):
+        renorm.weigh(model, [torch.randn(4, 1)], "training_mode", forward=lambda model, x: model(x).reshape(shape))
+
+
+def test_pixels_have_classes_in_training_mode() -> None:
+    model = Segmenter().net
+    found = renorm.weigh(model, [x for x, _ in SCENES], "training_mode", per="layer")
+    assert 0 <= model[1].example_weight <= 1
+    assert found.before.mean > 0
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_rehearsal_in_training_mode_changes_nothing(dependent: nn.Module, converted: bool) -> None:
+    model = copy.deepcopy(dependent).train()
+    if converted:
+        model = renorm.convert(model, renorm.BatchNorm, report=lambda report: None)
+    modules, state = list(model.modules()), copy.deepcopy(model.state_dict())
+    rehearse(model, in_a_light_each(), metric="training_mode", batch_size=10)
+    assert list(model.modules()) == modules
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="batch_size must be at most"):
+        rehearse(model, in_a_light_each(), metric="training_mode", batch_size=100)
+
+
+def test_a_single_batch_in_training_mode_is_not_taken_for_certain(dependent: nn.Module) -> None:
+    before = renorm.weigh(copy.deepcopy(dependent), [X[HELD_OUT]], "training_mode").before
+    assert before.low < before.mean < before.high

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -89,20 +90,27 @@ class Judge:
         metric: "accuracy", "cross_entropy", a function of output and target that gives a score of each example, (N,),
             or a torchmetrics metric.
         higher_is_better: by default as the metric says; for a function it must be given.
+        others: further scores that have a name, and whether higher is better.
 
     Raises:
         TypeError: the metric is none of these.
         ValueError: the name is unknown, or it is not known whether higher is better.
     """
 
-    def __init__(self, metric: str | ExampleScore | Metric, higher_is_better: bool | None = None) -> None:
+    def __init__(
+        self,
+        metric: str | ExampleScore | Metric,
+        higher_is_better: bool | None = None,
+        others: Mapping[str, tuple[ExampleScore, bool]] = MappingProxyType({}),
+    ) -> None:
         known: bool | None = None
         if isinstance(metric, str):
-            if metric not in _NAMED:
-                names = ", ".join(map(repr, _NAMED))
+            named = {**_NAMED, **others}
+            if metric not in named:
+                names = ", ".join(map(repr, named))
                 raise ValueError(f"metric must be one of {names}, a function or a torchmetrics metric, got {metric!r}")
             self.name = metric
-            metric, known = _NAMED[metric]
+            metric, known = named[metric]
         elif isinstance(metric, Metric):
             self.name, known = type(metric).__name__, metric.higher_is_better
         elif callable(metric):
@@ -185,6 +193,27 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     _require_tensor("cross_entropy", output)
     _require_classes("cross_entropy", output, target)
     return _per_example(F.cross_entropy(output, target, reduction="none").double())
+
+
+def predicted(name: str, output: Any) -> Tensor:
+    """The class with the largest logit.
+
+    Args:
+        name: of the score that asks, for its errors.
+        output: of the model: logits, (N, classes, *), or an object with `logits`.
+
+    Returns:
+        Classes, (N, *).
+
+    Raises:
+        TypeError: the output is no tensor.
+        ValueError: there is no dimension of classes, or a single class.
+    """
+    output = getattr(output, "logits", output)
+    _require_tensor(name, output)
+    _require_classes(name, output, output)
+    classes: Tensor = output.argmax(1)
+    return classes
 
 
 def _require_tensor(name: str, output: Any) -> None:

@@ -1,21 +1,23 @@
-"""Choosing the example weight of a trained model on validation data."""
+"""Choosing the example weight of a trained model on validation data, with labels or without."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from inspect import signature
 from itertools import islice
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..modules import replace_modules, tracking_layers
 from ..norm import Norm
-from .passes import ModelCall, forward, modes, progress, renorm_layers, target
+from .passes import ModelCall, batch_statistics, forward, modes, progress, renorm_layers, target
 from .report import Point, Weighing
-from .scores import Evaluation, ExampleScore, Judge, Metric
+from .scores import Evaluation, ExampleScore, Judge, Metric, cross_entropy, predicted
 
 # Of the search for the best weight in [0, 1].
 _STEP, _TOLERANCE = 0.1, 0.01
@@ -29,6 +31,8 @@ _LEAST_BATCHES = 2
 _MOST_PASSES = 8
 _PASSES_PER_PART = 4
 
+_TRAINING_MODE = "training_mode"  # the metric that needs no target
+
 
 def weigh(
     model: nn.Module,
@@ -36,6 +40,7 @@ def weigh(
     metric: str | ExampleScore | Metric = "accuracy",
     *,
     per: Per = "model",
+    batch_size: int | None = None,
     higher_is_better: bool | None = None,
     forward: ModelCall = forward,
     show_progress: bool = True,
@@ -49,16 +54,25 @@ def weigh(
     was. The interval of the gain is that of these examples, on which the weight was chosen: judge the result on
     others.
 
+    Without labels, "training_mode" takes for the right class the one that the model itself gives in training mode,
+    where its layers normalize by the batch. So batches must be as in training, in size and mix: a worker's own, of its
+    own classes, where each normalized by its own. Every batch is then forwarded twice in a pass. The gain is that in
+    agreement: where training mode is itself often wrong, it need not be one in accuracy.
+
     Args:
         model: trained; torch's batch norm layers become `renorm.BatchNorm`, which load and save the same state.
             Subclasses of them stay as they are, with a warning. After an error everything is as it was.
         loader: validation data, passed over several times: batches of input and target, (x, target), or mappings with
-            "label" or "labels". In the same order each time, or the gain's interval gets wider than it is.
-        metric: "accuracy", "cross_entropy", a function of the model's output and the target that gives a score of
-            each example, (N,), or a torchmetrics metric of a single number, for which a pass's outputs are kept.
+            "label" or "labels"; for "training_mode" also inputs alone. In the same order each time, or the gain's
+            interval gets wider than it is.
+        metric: "accuracy", "cross_entropy", "training_mode" (see above), a function of the model's output and the
+            target that gives a score of each example, (N,), or a torchmetrics metric of a single number, for which a
+            pass's outputs are kept.
         per: "model" for one weight; "stage" or "layer" to go on from it with one for each part of the model that has
             norm layers (as a ResNet's layer1 to layer4) or for each layer, at 4 passes more for each. They are taken
             if their gain over the one weight is more than noise; with many layers and few examples it is chance.
+        batch_size: consecutive examples that share statistics in "training_mode"; None for what the layers say, or
+            else all of a batch.
         higher_is_better: for a function of one's own; by default as a torchmetrics metric says.
         forward: called with model and batch; see `estimate`.
         show_progress: whether to show a bar, where rich is installed and standard error is a terminal.
@@ -69,10 +83,12 @@ def weigh(
     Raises:
         TypeError: a batch has no target.
         ValueError: the metric is unknown or does not suit outputs and targets, the loader can be passed over only once
-            or has no example, or there is no norm layer with running statistics.
+            or has no example, there is no norm layer with running statistics, or `batch_size` is not for this metric
+            or larger than a batch.
 
     Source:
-        Summers & Dinneen 2020, section 3.1; with a weight for each layer, EvalNorm (Singh & Shrivastava 2019).
+        Summers & Dinneen 2020, section 3.1; with a weight for each layer, and by training mode instead of labels,
+        EvalNorm (Singh & Shrivastava 2019), which compares normalized values where this compares classes.
 
     Example:
         >>> import renorm
@@ -82,15 +98,18 @@ def weigh(
         >>> found = weigh(model, batches, "cross_entropy")
         >>> found.alpha == model[1].example_weight
         True
+        >>> weigh(model, [x for x, _ in batches], "training_mode", batch_size=10).metric
+        'training_mode'
     """
-    judge = _checked(loader, metric, per, higher_is_better)
+    judge = _checked(loader, metric, per, batch_size, higher_is_better)
     modules = dict(model.named_modules())
     layers = renorm_layers(model)
     parts = _parts(layers, per)
     before = [layer.example_weight for layer in layers.values()]
     try:
+        right = _InTrainingMode(model, layers.values(), forward, batch_size) if _by_training_mode(metric) else target
         with progress("weighing", _MOST_PASSES + _PASSES_PER_PART * len(parts), show_progress) as show:
-            return _weigh(layers, parts, _Passes(model, loader, forward, judge, show), judge)
+            return _weigh(layers, parts, _Passes(model, loader, forward, right, judge, show), judge)
     except BaseException:
         _restore(layers, before)
         replace_modules(model, {layer: modules[name] for name, layer in layers.items()})
@@ -111,13 +130,28 @@ def rehearse(model: nn.Module, loader: Iterable[Any], **options: Any) -> None:
     call = signature(weigh).bind(model, loader, **options)
     call.apply_defaults()
     given = call.arguments
-    judge = _checked(loader, given["metric"], given["per"], given["higher_is_better"])
-    tracking_layers(model)
-    _Passes(model, islice(loader, 1), given["forward"], judge, lambda done: None).evaluate()
+    metric, size, forward = given["metric"], given["batch_size"], given["forward"]
+    judge = _checked(loader, metric, given["per"], size, given["higher_is_better"])
+    layers = tracking_layers(model).values()
+    right = _InTrainingMode(model, layers, forward, size) if _by_training_mode(metric) else target
+    _Passes(model, islice(loader, 1), forward, right, judge, lambda done: None).evaluate()
 
 
-def _checked(loader: Iterable[Any], metric: str | ExampleScore | Metric, per: Per, higher: bool | None) -> Judge:
-    judge = Judge(metric, higher)
+def _by_training_mode(metric: str | ExampleScore | Metric) -> bool:
+    return isinstance(metric, str) and metric == _TRAINING_MODE  # a torchmetrics metric has a == of its own
+
+
+def _checked(
+    loader: Iterable[Any], metric: str | ExampleScore | Metric, per: Per, batch_size: int | None, higher: bool | None
+) -> Judge:
+    judge = Judge(metric, higher, {_TRAINING_MODE: (cross_entropy, False)})
+    if batch_size is not None and not _by_training_mode(metric):
+        raise ValueError(
+            f"batch_size must be None but for metric={_TRAINING_MODE!r}, which alone normalizes by batches, got "
+            f"{batch_size!r} with {judge.name}"
+        )
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise ValueError(f"batch_size must be a whole number of at least 1, or None, got {batch_size!r}")
     if isinstance(loader, Iterator):
         raise ValueError("loader is passed over several times: give a DataLoader or a list, not an iterator")
     if per not in get_args(Per):
@@ -184,11 +218,18 @@ class _Passes:
     """Evaluations of the model as it is at the time, and how many there were."""
 
     def __init__(
-        self, model: nn.Module, loader: Iterable[Any], forward: ModelCall, judge: Judge, show: Callable[[float], None]
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        forward: ModelCall,
+        right: Callable[[Any], Any],
+        judge: Judge,
+        show: Callable[[float], None],
     ) -> None:
         self.number = 0.0
         self.stride = 1  # one batch in so many is in the grid's part
         self._model, self._loader, self._forward, self._judge, self._show = model, loader, forward, judge, show
+        self._right = right
         self._batches, self._examples = 0, 0
 
     def evaluate(self, stride: int = 1) -> Evaluation:
@@ -197,10 +238,11 @@ class _Passes:
         with torch.no_grad(), modes(self._model, set()):
             for batch in self._loader:
                 if batches % stride == 0:
-                    scoring.add(self._forward(self._model, batch), target(batch))
+                    scoring.add(self._forward(self._model, batch), self._right(batch))
                 batches += 1
                 self._show(self.number + batches / self._batches / stride if self._batches else 0)
-        found = scoring.evaluation()
+        # classes of training mode depend on the batch; a single one says nothing of how much
+        found = scoring.evaluation(by_batch=self._right is not target and batches > stride)
         if not self._examples:
             self._batches, self._examples = batches, found.examples
             self.stride = max(1, min(_PART, batches // _LEAST_BATCHES))
@@ -211,6 +253,35 @@ class _Passes:
         """Scores by example weight, higher being better."""
         sign = 1 if self._judge.higher_is_better else -1
         return {alpha: sign * evaluation.score for alpha, evaluation in known.items()}
+
+
+class _InTrainingMode:
+    """What a batch's target is without labels: the classes that the model gives where its layers normalize by it."""
+
+    def __init__(
+        self, model: nn.Module, layers: Iterable[nn.Module], forward: ModelCall, batch_size: int | None
+    ) -> None:
+        self._model, self._layers, self._forward, self._size = model, list(layers), forward, batch_size
+        self._begun = False
+
+    def __call__(self, batch: Any) -> Tensor:
+        with batch_statistics(self._model, self._layers), self._sharing():
+            classes = predicted(_TRAINING_MODE, self._forward(self._model, batch))
+        if self._size is not None and self._size > len(classes) and not self._begun:
+            raise ValueError(f"batch_size must be at most that of the loader's, {len(classes)}, got {self._size}")
+        self._begun = True  # a last batch may be smaller
+        return classes
+
+    @contextmanager
+    def _sharing(self) -> Iterator[None]:
+        before = {layer: layer.grouping for layer in self._layers if isinstance(layer, Norm)}
+        try:
+            for layer, grouping in before.items() if self._size is not None else ():
+                layer.grouping = replace(grouping, examples_per_group=self._size)
+            yield
+        finally:
+            for layer, grouping in before.items():
+                layer.grouping = grouping
 
 
 def _parts(layers: dict[str, Norm], per: Per) -> list[list[Norm]]:
