@@ -71,6 +71,21 @@ def test_a_frozen_batch_norm_does_not_move(tmp_path: Path, ours: bool) -> None:
     assert moved(net, lambda: fit(Classifier(net), loader(images(64) + 5))) == 0
 
 
+class BodyFrozen(Frozen):
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.net[:6], train_bn=True)
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["torch", "ours"])
+def test_batch_norm_trains_on_in_a_body_that_is_frozen_without_it(tmp_path: Path, ours: bool) -> None:
+    net = converted(network()) if ours else network()
+    fit = trainer(tmp_path, BodyFrozen(), max_epochs=2).fit
+    assert moved(net, lambda: fit(Classifier(net), loader(images(64) + 5))) > 0
+    norm = next(module for module in net if isinstance(module, nn.BatchNorm2d))
+    assert norm.weight.requires_grad
+    assert not next(module for module in net if isinstance(module, nn.Conv2d)).weight.requires_grad
+
+
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
 def test_averaged_weights_get_their_own_statistics(tmp_path: Path, limits: renorm.Limits) -> None:
     net = converted(network(), limits=limits)

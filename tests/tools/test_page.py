@@ -13,7 +13,12 @@ PAGE = ROOT / "docs" / "tools.md"
 
 # What a row begins with, and the tests of it.
 ROWS: dict[str, tuple[str, ...]] = {
-    "Lightning `BaseFinetuning`": ("tools/test_lightning.py::test_a_frozen_batch_norm_does_not_move",),
+    "Lightning `BaseFinetuning`, `freeze(train_bn=False)`": (
+        "tools/test_lightning.py::test_a_frozen_batch_norm_does_not_move",
+    ),
+    "Lightning `BaseFinetuning`, `freeze(train_bn=True)`": (
+        "tools/test_lightning.py::test_batch_norm_trains_on_in_a_body_that_is_frozen_without_it",
+    ),
     "`layer.eval()` or `layer.momentum = 0`": (
         "tools/test_freezing.py::test_the_usual_loop_over_batch_norms_freezes",
         "tools/test_freezing.py::test_a_momentum_of_zero_freezes",

@@ -28,8 +28,8 @@ def estimate(model: nn.Module, loader: Iterable[Any], *, forward: ModelCall = fo
     One pass in which the norm layers normalize by their batches, as in training, and everything else is as at
     evaluation (no dropout). Batch renorm's correction rests meanwhile, since it would be toward the statistics that
     are replaced. A layer's moments are merged over all batches by their counts, as its tracking rule says:
-    population mean and variance for nn.BatchNorm, "var" and "total"; for "std" the mean over batches of the standard
-    deviation. With torch.distributed initialized, over all processes. Weights, modes, momentum and
+    the population's mean, and its variance as training writes it, unbiased for nn.BatchNorm and "var" (fvcore's precise
+    batch norm has the biased one), biased for "total"; for "std" the mean over batches of the standard deviation. With torch.distributed initialized, over all processes. Weights, modes, momentum and
     `num_batches_tracked`, so also limits, stay as they are; after an error the statistics too.
 
     For weights that no training has normalized with (averaged, pruned, quantized ones), for data of another
