@@ -200,7 +200,8 @@ class Norm(State):
 
     def _normalize(self, inputs: Inputs, act: Activation | None) -> Tensor:
         if not self.training and self.has_statistics:
-            running = Running(self.running_mean, self.running_var)
+            buffers: dict[str, Any] = self._buffers
+            running = Running(buffers["running_mean"], buffers["running_var"])
             return evaluate(inputs, Settings(self.grouping, self._eps, act), running, self.example_weight)
         # the compiler must meet a float of the module outside autograd.Function first
         settings = Settings(self.grouping, self._eps * 1.0, act)
