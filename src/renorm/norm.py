@@ -205,8 +205,6 @@ class Norm(State):
         occasion = occasion_of(self, state, self.effective_blocks(), sees_state=limits is not None)
         if self.sync is not None and self.workers.number > 1:
             occasion = occasion or Occasion(state, "batch", moves=True)
-            y: Tensor = _in_eager_mode(self._normalize_apart, inputs, settings, occasion)
-            return y
         if occasion is not None:
             return self._normalize_apart(inputs, settings, occasion)
         return train(inputs, settings, state, limits, Rule(self.tracking, self._momentum))

@@ -14,6 +14,7 @@ from ..moments import Moments, accumulation_dtype
 from ..ops import statistics
 from ..ops.composed import finish
 from ..ops.problem import Inputs, Settings, Target, checked
+from ..transforms import snapshot
 from .group import Workers
 
 
@@ -61,7 +62,7 @@ class _OverWorkers(torch.autograd.Function):
         mean, sigma = (statistics.spread(part, k) for part in (group.mean, (group.var + eps).sqrt()))
         r, d = torch.ones_like(sigma), torch.zeros_like(sigma)
         if target is not None:
-            r, d = (statistics.spread(part, k) for part in statistics.correct(group, target, k, eps))
+            r, d = (snapshot(statistics.spread(part, k)) for part in statistics.correct(group, target, k, eps))
         scale, shift = r / sigma, d  # (1, C)
         if weight is not None:
             scale, shift = scale * weight, shift * weight

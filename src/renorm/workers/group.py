@@ -76,19 +76,28 @@ class Workers:
         Returns:
             All of them, (workers, ...).
         """
+        if torch.compiler.is_compiling():
+            ops = torch.ops._c10d_functional
+            parts = ops.all_gather_into_tensor(tensor[None].contiguous(), self.number, _name_of_own(self))
+            compiled: Tensor = ops.wait_tensor(parts)
+            return compiled
         gathered = tensor.new_empty((self.number, *tensor.shape))
         dist.all_gather(list(gathered.unbind()), tensor.contiguous(), group=self.own)
         return gathered
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over workers, in place.
+        """The sum over workers.
 
         Args:
-            tensor: any shape, the same on all workers.
+            tensor: any shape, the same on all workers; not to be used any more.
 
         Returns:
-            The tensor.
+            The sum.
         """
+        if torch.compiler.is_compiling():
+            ops = torch.ops._c10d_functional
+            compiled: Tensor = ops.wait_tensor(ops.all_reduce(tensor, "sum", _name_of_own(self)))
+            return compiled
         dist.all_reduce(tensor, group=self.own)
         return tensor
 
@@ -102,6 +111,16 @@ class Workers:
             What to wait for.
         """
         return dist.all_reduce(tensor, group=self.own, async_op=True)
+
+
+def _name_of_own(workers: Workers) -> str:
+    name: str = workers.own.group_name
+    return name
+
+
+# The compiler calls it and keeps the name, for a process group is made outside of graphs; as by
+# torch.compiler.assume_constant_result, which imports the compiler.
+_name_of_own._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _time_limit(group: Any) -> timedelta:
