@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.fx.proxy import Proxy
 
 from .activation import Activation, require_activation
@@ -219,6 +217,8 @@ class Norm(State):
             running = Running(occasion.state.mean.clone(), occasion.state.var.clone())
             return evaluate(inputs, settings, running, self.example_weight)
         y, batches = self._by_batch(inputs, settings, target_of(inputs, occasion.state, self._limits_now()))
+        if torch.compiler.is_compiling() and self.merges:
+            return self.commit_in_graph(y, batches) if occasion.moves else y
         if occasion.moves:
             self.commit(batches)
         self._merge_after(y, occasion)
@@ -267,8 +267,3 @@ class Norm(State):
             if self.limits.start > 0:
                 parts.append(f"plain batch norm until step {self.limits.start}")
         return ", ".join(parts)
-
-
-@_disable_dynamo  # torch.compiler.disable, without importing the compiler now
-def _in_eager_mode(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    return function(*arguments)

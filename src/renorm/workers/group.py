@@ -59,13 +59,7 @@ class Workers:
     @property
     def own(self) -> Any:
         """A process group of the same processes and time limit that nothing else uses; made by all at first use."""
-        group = self.process_group
-        own = _own[group]() if group in _own else None
-        if own is None:
-            ranks = dist.get_process_group_ranks(group)
-            own = dist.new_group(ranks, timeout=_time_limit(group), use_local_synchronization=True)
-            _own[group] = ref(own)
-        return own
+        return _own_of(self.group)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The tensor of every worker.
@@ -78,7 +72,7 @@ class Workers:
         """
         if torch.compiler.is_compiling():
             ops = torch.ops._c10d_functional
-            parts = ops.all_gather_into_tensor(tensor[None].contiguous(), self.number, _name_of_own(self))
+            parts = ops.all_gather_into_tensor(tensor[None].contiguous(), self.number, _name_of_own(self.group))
             compiled: Tensor = ops.wait_tensor(parts)
             return compiled
         gathered = tensor.new_empty((self.number, *tensor.shape))
@@ -96,7 +90,7 @@ class Workers:
         """
         if torch.compiler.is_compiling():
             ops = torch.ops._c10d_functional
-            compiled: Tensor = ops.wait_tensor(ops.all_reduce(tensor, "sum", _name_of_own(self)))
+            compiled: Tensor = ops.wait_tensor(ops.all_reduce(tensor, "sum", _name_of_own(self.group)))
             return compiled
         dist.all_reduce(tensor, group=self.own)
         return tensor
@@ -113,8 +107,18 @@ class Workers:
         return dist.all_reduce(tensor, group=self.own, async_op=True)
 
 
-def _name_of_own(workers: Workers) -> str:
-    name: str = workers.own.group_name
+def _own_of(group: Any | None) -> Any:
+    group = group or dist.group.WORLD
+    own = _own[group]() if group in _own else None
+    if own is None:
+        ranks = dist.get_process_group_ranks(group)
+        own = dist.new_group(ranks, timeout=_time_limit(group), use_local_synchronization=True)
+        _own[group] = ref(own)
+    return own
+
+
+def _name_of_own(group: Any | None) -> str:
+    name: str = _own_of(group).group_name
     return name
 
 
