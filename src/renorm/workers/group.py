@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import distributed as dist
 # A process group of ours for each of the user's, so that no collective of ours meets one of DDP's out of turn. Held by
 # torch alone: what outlives destroy_process_group may abort the process at its end.
 _own: WeakKeyDictionary[Any, ref[Any]] = WeakKeyDictionary()
+_named: WeakValueDictionary[str, Any] = WeakValueDictionary()  # the user's
 
 
 LOST = "lost"  # the group of what was pickled: it is known to its own process only
@@ -27,6 +28,10 @@ class Workers:
 
     def __init__(self, group: Any | None = None) -> None:
         self.group = group
+        # by which the compiler may ask for the group, which it does not hand on as it is
+        self.group_name: str | None = getattr(group, "group_name", None)
+        if self.group_name is not None:
+            _named[self.group_name] = group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Workers:
         return self
@@ -72,7 +77,7 @@ class Workers:
         """
         if torch.compiler.is_compiling():
             ops = torch.ops._c10d_functional
-            parts = ops.all_gather_into_tensor(tensor[None].contiguous(), self.number, _name_of_own(self.group))
+            parts = ops.all_gather_into_tensor(tensor[None].contiguous(), self.number, _name_of_own(self.group_name))
             compiled: Tensor = ops.wait_tensor(parts)
             return compiled
         gathered = tensor.new_empty((self.number, *tensor.shape))
@@ -90,7 +95,7 @@ class Workers:
         """
         if torch.compiler.is_compiling():
             ops = torch.ops._c10d_functional
-            compiled: Tensor = ops.wait_tensor(ops.all_reduce(tensor, "sum", _name_of_own(self.group)))
+            compiled: Tensor = ops.wait_tensor(ops.all_reduce(tensor, "sum", _name_of_own(self.group_name)))
             return compiled
         dist.all_reduce(tensor, group=self.own)
         return tensor
@@ -117,8 +122,8 @@ def _own_of(group: Any | None) -> Any:
     return own
 
 
-def _name_of_own(group: Any | None) -> str:
-    name: str = _own_of(group).group_name
+def _name_of_own(group_name: str | None) -> str:
+    name: str = _own_of(None if group_name is None else _named[group_name]).group_name
     return name
 
 

@@ -153,7 +153,9 @@ def _find_places(layers: tuple[Summed, ...], device: torch.device) -> _Places:
 
     def spread(values: list[float] | list[bool]) -> Tensor:
         dtype = torch.float64 if isinstance(values[0], float) else torch.bool
-        return torch.tensor(values, dtype=dtype, device="cpu").repeat_interleave(widths, output_size=channels).to(device)
+        return (
+            torch.tensor(values, dtype=dtype, device="cpu").repeat_interleave(widths, output_size=channels).to(device)
+        )
 
     return _Places(
         torch.arange(len(layers), device="cpu").repeat_interleave(widths, output_size=channels).to(device),
