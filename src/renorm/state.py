@@ -51,7 +51,7 @@ class State(_BatchNorm):
     serial: int
     workers: Workers  # that share a batch's statistics, or merge the running ones
     pool: Pool | None = None  # of the model, with which running statistics are merged
-    ticket: Tensor | None = None  # by which compiled code knows the layer
+    ticket: Tensor  # by which compiled code knows the layer, where it is synchronized
 
     estimates = False  # statistics are being taken anew, so there is nothing to correct towards
 
@@ -174,7 +174,8 @@ class State(_BatchNorm):
         self.check_sync(sync)
         self.serial = next(_serials)
         self.sync, self.workers, self.pool = sync, workers, pool
-        self.ticket = None if sync is None else ticket_for(self)
+        if sync is not None:
+            self.ticket = ticket_for(self)
 
     def check_sync(self, sync: object) -> None:
         """Refuse what the layer cannot have in common with others.

@@ -223,15 +223,16 @@ def simulated(number: int) -> dict[str, Any]:
     return {"parameters": [p.detach() for p in network.parameters()], "buffers": buffers(network)}
 
 
-def uneven() -> dict[str, Any]:
+def uneven(compiles: bool = False) -> dict[str, Any]:
     """Workers with 2, 3, ... batches, joined."""
     network = renorm.synchronize(Network(limits=LIMITS), "running")
     model = DistributedDataParallel(network)
+    call = torch.compile(model, backend="aot_eager") if compiles else model
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Join([model, *renorm.joinables(network)]):
         for number in range(2 + dist.get_rank()):
             optimizer.zero_grad()
-            model(torch.randn(6, 4, 5, 5) + number).sum().backward()
+            call(torch.randn(6, 4, 5, 5) + number).sum().backward()
             optimizer.step()
     return {"parameters": [p.detach() for p in network.parameters()], "buffers": buffers(network)}
 
@@ -331,15 +332,15 @@ def compiled_apart() -> list[list[dict[str, Any]]]:
     return found
 
 
-def compiled_twins() -> tuple[list[list[Tensor]], int]:
-    """Two compiled models of one kind, of which the second has one step more; and how many graphs there are."""
+def compiled_twins(sync: str) -> tuple[list[list[Tensor]], int]:
+    """Compiled models of one kind, the second with a step more, batches of any size; and how many graphs there are."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    models = [renorm.synchronize(Network(limits=LIMITS), "running") for _ in range(2)]
-    for model, steps in zip(models, (2, 3), strict=True):
-        call = torch.compile(model, fullgraph=True, backend="aot_eager")
-        for number in range(steps):
-            call(torch.randn(6, 4, 5, 5) + number).sum().backward()
+    models = [renorm.synchronize(Network(limits=LIMITS), sync) for _ in range(2)]
+    for model, sizes in zip(models, ((6, 4), (3, 8, 5)), strict=True):
+        call = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+        for size in sizes:
+            call(torch.randn(size + dist.get_rank(), 4, 5, 5)).sum().backward()
     return [buffers(model) for model in models], torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
@@ -398,6 +399,13 @@ def _two_forwards(network: Network, model: Any, generator: torch.Generator) -> T
     return y.detach()
 
 
+def _recomputed(network: Network, model: Any, generator: torch.Generator) -> Tensor:
+    x = torch.randn(6, 4, 5, 5, generator=generator, requires_grad=True)
+    y: Tensor = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    y.sum().backward()
+    return y.detach()
+
+
 def _accumulated(network: Network, model: Any, generator: torch.Generator) -> Tensor:
     with renorm.accumulate(network):
         return sum(_plain(network, model, generator) for _ in range(2))
@@ -424,6 +432,7 @@ WAYS = {
     "uneven": _uneven,
     "not finite": _not_finite,
     "two forwards": _two_forwards,
+    "recomputed": _recomputed,
     "accumulated": _accumulated,
     "frozen": _frozen,
     "without gradients": _without_gradients,

@@ -200,8 +200,9 @@ def test_sharded_models_keep_their_statistics_in_float32(two: Crew, sync: str | 
         assert_identical([found[0]["buffers"], two.run(cases.sharded, sync, False)[0]["buffers"]])
 
 
-def test_workers_with_unequal_numbers_of_batches_join(crew: Crew) -> None:
-    found = crew.run(cases.uneven)
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_workers_with_unequal_numbers_of_batches_join(crew: Crew, compiles: bool) -> None:
+    found = crew.run(cases.uneven, compiles)
     assert_identical([result["buffers"] for result in found])
     assert_identical([result["parameters"] for result in found])
     assert found[0]["buffers"][2] == 1 + crew.number
@@ -232,6 +233,8 @@ def test_a_compiled_layer_is_that_of_eager_mode(two: Crew, sync: str, masked: bo
 @pytest.mark.parametrize("way", cases.WAYS)
 @each_sync
 def test_compiled_steps_are_those_of_eager_mode(two: Crew, sync: str, way: str) -> None:
+    if (way, sync) == ("recomputed", "batch"):
+        pytest.skip("compiled layers cannot see that they are recomputed")
     found = two.run(cases.compiled, way, sync)
     assert_as_in_eager_mode(found)
     if way == "plain":
@@ -245,8 +248,9 @@ def test_the_default_compiler_synchronizes_too(two: Crew, sync: str) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_layers_of_one_kind_share_a_graph_and_no_statistics(two: Crew) -> None:
-    found = two.run(cases.compiled_twins)
+@each_sync
+def test_compiled_layers_of_one_kind_share_a_graph_and_no_statistics(two: Crew, sync: str) -> None:
+    found = two.run(cases.compiled_twins, sync)
     for models, graphs in found:
         assert [int(buffers[2]) for buffers in models] == [2, 3]
         assert graphs == 1

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import check_channels
-from ..grouping import Grouping
 from ..moments import Moments, accumulation_dtype
 from ..ops import statistics
 from ..ops.composed import finish
@@ -102,7 +101,7 @@ def _local_moments(x: Tensor, mask: Tensor | None) -> Moments:
     if x.numel() == 0:
         nothing = x.new_zeros((1, x.shape[1]), dtype=accumulation_dtype(x.dtype))
         return Moments(nothing, nothing, nothing[:, :1])
-    return statistics.moments_of(x, mask, Grouping())
+    return statistics.center(*statistics.views(x, mask, 1))[2]
 
 
 def _merge(local: Moments, workers: Workers) -> tuple[Moments, Tensor, Tensor]:

@@ -220,7 +220,8 @@ def _leave(written: Tensor, ticket: Tensor, batches: list[Tensor]) -> None:
 
 @torch.library.custom_op("renorm::merge_in_backward", mutates_args=("gradient",), tags=_UNSEEN)
 def _merge_in_backward(gradient: Tensor, ticket: Tensor) -> None:
-    pool = _layers[int(ticket)].merging_pool()
+    member = _layers.get(int(ticket))  # may be gone before its output
+    pool = None if member is None else member.merging_pool()
     if pool is not None:
         pool.merge_in_backward(gradient)
 
