@@ -318,17 +318,16 @@ def three_steps(way: str, network: Network, call: Any) -> dict[str, Any]:
     }
 
 
-def compiled_apart() -> list[list[dict[str, Any]]]:
-    """Models of one kind with a graph each or in common: among all workers, and among half of them."""
+def compiled_apart(sync: str) -> list[list[dict[str, Any]]]:
+    """Models of one kind, synchronized among all workers and among half of them; each compiled and in eager mode."""
     half = dist.get_world_size() // 2
     groups = [dist.new_group(list(range(half))), dist.new_group(list(range(half, 2 * half)))]
     torch._dynamo.reset()
     found = []
-    for sync in ("running", "batch"):
-        for group in (None, groups[dist.get_rank() // half]):
-            models = [renorm.synchronize(Network(limits=LIMITS), sync, process_group=group) for _ in range(2)]
-            calls = [torch.compile(models[0], fullgraph=True, backend="aot_eager"), models[1]]
-            found.append([three_steps("plain", *pair) for pair in zip(models, calls, strict=True)])
+    for group in (None, groups[dist.get_rank() // half]):
+        models = [renorm.synchronize(Network(limits=LIMITS), sync, process_group=group) for _ in range(2)]
+        calls = [torch.compile(models[0], fullgraph=True, backend="aot_eager"), models[1]]
+        found.append([three_steps("plain", *pair) for pair in zip(models, calls, strict=True)])
     return found
 
 
@@ -442,13 +441,17 @@ WAYS = {
 }
 
 
-def sharded(sync: str | None, checkpointed: bool = False) -> dict[str, Any]:
+def sharded(sync: str | None, checkpointed: bool = False, compiles: bool = False) -> dict[str, Any]:
     """FSDP2 with mixed precision: parameters in bfloat16, statistics in float32."""
     network = renorm.synchronize(Network(limits=LIMITS), sync)
     parts: list[nn.Module] = [network.first, network.detour, network.last]
     if checkpointed:
         for part in parts:
             composable_checkpoint(part)
+    if compiles:
+        torch._dynamo.reset()
+        for part in parts:
+            part.compile(fullgraph=True, backend="aot_eager")
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for part in parts:

@@ -259,8 +259,9 @@ def test_compiled_layers_of_one_kind_share_a_graph_and_no_statistics(two: Crew, 
 
 
 @pytest.mark.slow
-def test_compiled_models_keep_to_their_process_groups(four: Crew) -> None:
-    for found in four.run(cases.compiled_apart):
+@each_sync
+def test_compiled_models_keep_to_their_process_groups(four: Crew, sync: str) -> None:
+    for found in four.run(cases.compiled_apart, sync):
         for compiled, eager in found:
             torch.testing.assert_close(compiled["buffers"], eager["buffers"], rtol=1e-4, atol=1e-5)
 
@@ -268,6 +269,16 @@ def test_compiled_models_keep_to_their_process_groups(four: Crew) -> None:
 @pytest.mark.slow
 def test_ghost_groups_of_ranks_compile(four: Crew) -> None:
     assert_as_in_eager_mode(four.run(partial(cases.compiled, "plain", "batch", ranks_per_group=2)))
+
+
+@pytest.mark.slow
+@each_sync
+def test_compiled_blocks_of_sharded_models_are_those_of_eager_mode(two: Crew, sync: str) -> None:
+    found = two.run(cases.sharded, sync, False, True)
+    eager = two.run(cases.sharded, sync)
+    assert_identical([result["buffers"] for result in found])
+    for name in ("buffers", "parameters"):
+        torch.testing.assert_close(found[0][name], eager[0][name], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.slow
