@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.fx.proxy import Proxy
 
 from .activation import Activation, require_activation
@@ -211,8 +210,6 @@ class Norm(State):
         occasion = occasion_of(self, state, self.effective_blocks(), sees_state=limits is not None)
         if self.sync is not None and self.workers.number > 1:
             occasion = occasion or Occasion(state, "batch", moves=True)
-            y: Tensor = _in_eager_mode(self._normalize_apart, inputs, settings, occasion)
-            return y
         if occasion is not None:
             return self._normalize_apart(inputs, settings, occasion)
         return train(inputs, settings, state, limits, Rule(self.tracking, self._momentum))
@@ -242,6 +239,8 @@ class Norm(State):
             running = Running(occasion.state.mean.clone(), occasion.state.var.clone())
             return evaluate(inputs, settings, running, self.example_weight)
         y, batches = self._by_batch(inputs, settings, target_of(inputs, occasion.state, self._limits_now()))
+        if torch.compiler.is_compiling() and self.merges:
+            return self.commit_in_graph(y, batches) if occasion.moves else y
         if occasion.moves:
             self.commit(batches)
         self._merge_after(y, occasion)
@@ -249,7 +248,7 @@ class Norm(State):
 
     def _by_batch(self, inputs: Inputs, settings: Settings, target: Target | None) -> tuple[Tensor, list[Moments]]:
         """The output, and the moments of the batch; one of no elements that is not finite if a worker was left out."""
-        if self.sync != "batch" or self.workers.number == 1:
+        if self.sync != "batch" or not self.training or self.workers.number == 1:  # evaluation waits for nobody
             y, moments = normalize(inputs, settings, target)
             return y, [moments]
         y, moments, left_out = normalize_over_workers(inputs, settings, target, self.workers)
@@ -290,8 +289,3 @@ class Norm(State):
             if self.limits.start > 0:
                 parts.append(f"plain batch norm until step {self.limits.start}")
         return ", ".join(parts)
-
-
-@_disable_dynamo  # torch.compiler.disable, without importing the compiler now
-def _in_eager_mode(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    return function(*arguments)

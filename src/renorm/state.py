@@ -22,8 +22,8 @@ from .ops.problem import RunningState, Settings
 from .ops.tracking import Rule, Tracking
 from .substitution import refuse_single_examples, refuse_substitution
 from .workers.group import Workers
-from .workers.pool import Pool, pool_of
-from .workers.sums import Summed
+from .workers.pool import Pool, leave, merge_in_backward_of, pool_of, ticket_for
+from .workers.sums import Summed, from_sums, to_sums
 
 Sync = Literal["running", "batch"]
 _serials = count()
@@ -51,6 +51,7 @@ class State(_BatchNorm):
     serial: int
     workers: Workers  # that share a batch's statistics, or merge the running ones
     pool: Pool | None = None  # of the model, with which running statistics are merged
+    ticket: Tensor  # by which compiled code knows the layer, where it is synchronized
 
     estimates = False  # statistics are being taken anew, so there is nothing to correct towards
 
@@ -173,6 +174,8 @@ class State(_BatchNorm):
         self.check_sync(sync)
         self.serial = next(_serials)
         self.sync, self.workers, self.pool = sync, workers, pool
+        if sync is not None:
+            self.ticket = ticket_for(self)
 
     def check_sync(self, sync: object) -> None:
         """Refuse what the layer cannot have in common with others.
@@ -225,12 +228,7 @@ class State(_BatchNorm):
         Args:
             batches: moments of every channel in every example group of each, (G, C).
         """
-        blocks = self.effective_blocks()
-        if not counts(blocks):
-            return
-        accumulation = innermost_accumulation(blocks)
-        if accumulation is not None:
-            accumulation.batches.extend(batches)
+        if self._kept_by_a_block(batches):
             return
         pool = self.merging_pool()
         if pool is not None:
@@ -238,16 +236,52 @@ class State(_BatchNorm):
             return
         self._move(batches)
 
+    def commit_in_graph(self, y: Tensor, batches: Sequence[Moments]) -> Tensor:
+        """The same in compiled code, where running statistics are merged: in the backward pass of y, or at once.
+
+        Args:
+            y: output of the layer.
+            batches: as of `commit`.
+
+        Returns:
+            The output.
+        """
+        if self._kept_by_a_block(batches):
+            return y
+        batches = batches if self._speaks_for_its_group() else []
+        if y.requires_grad:
+            leave(self.ticket, batches)
+            return merge_in_backward_of(y, self.ticket)
+        sums = self._merging_workers.sum(to_sums([self.summed], [batches], self.running_var.device))
+        (moments,), (left_out,) = from_sums(sums, [self.summed], [self.running_var])
+        self.commit_merged(moments, left_out)
+        return y
+
+    def _kept_by_a_block(self, batches: Sequence[Moments]) -> bool:
+        blocks = self.effective_blocks()
+        if not counts(blocks):
+            return True
+        accumulation = innermost_accumulation(blocks)
+        if accumulation is not None:
+            accumulation.batches.extend(batches)
+        return accumulation is not None
+
     def merging_pool(self) -> Pool | None:
         """With which the running statistics are merged over workers.
 
         Returns:
             The model's, or that of all layers without one; None if there is nothing to merge.
         """
-        if self.pool is None and self.sync != "running":
-            return None
-        pool = self.pool or pool_of(self.workers)
-        return pool if pool.workers.number > 1 else None
+        return (self.pool or pool_of(self.workers)) if self.merges else None
+
+    @property
+    def merges(self) -> bool:
+        """Whether the running statistics are merged over workers."""
+        return (self.pool is not None or self.sync == "running") and self._merging_workers.number > 1
+
+    @property
+    def _merging_workers(self) -> Workers:
+        return self.workers if self.pool is None else self.pool.workers
 
     def _speaks_for_its_group(self) -> bool:
         # The ranks of a ghost group have the same moments, which must count once.
@@ -340,6 +374,8 @@ class State(_BatchNorm):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if self.sync is not None:
+            self.ticket = ticket_for(self)
         if self.pool is not None:
             self.pool.register(self)
 

@@ -30,7 +30,8 @@ def synchronize(
     layer and step. Workers may have different numbers of examples, or none.
 
     Workers whose moments are not finite are left out, and counted in `num_batches_skipped`. Without an initialized
-    process group, or with one process, layers are as with None. Under torch.compile the layers are left to eager mode.
+    process group, or with one process, layers are as with None. Models compile into one graph, collectives included
+    (`torch.compile(model, fullgraph=True)`), as many a step as in eager mode.
 
     Args:
         model: whose layers are set, not yet wrapped in DDP or FSDP; changed in place.

@@ -7,11 +7,13 @@ import math
 import pickle
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.autograd.profiler import profile
 from torch.distributed._composable import checkpoint as composable_checkpoint
 from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
@@ -141,6 +143,7 @@ def trained(
     broken: tuple[int, int] | None = None,
     checkpointed: bool | None = None,
     accumulated: int = 1,
+    compiles: bool = False,
     **ddp: Any,
 ) -> dict[str, Any]:
     """A few steps under DDP; returns parameters and buffers, and how many collectives the layers asked for.
@@ -152,6 +155,7 @@ def trained(
         broken: rank and step at which inputs are not finite.
         checkpointed: use_reentrant of a checkpoint around the first part; None for no checkpoint.
         accumulated: forwards and backwards for each optimizer step.
+        compiles: whether the model is compiled.
         **ddp: of DistributedDataParallel.
     """
     rank = dist.get_rank()
@@ -160,6 +164,9 @@ def trained(
         first = network.first.forward
         network.first.forward = lambda x: torch.utils.checkpoint.checkpoint(first, x, use_reentrant=checkpointed)
     model = DistributedDataParallel(network, **ddp)
+    if compiles:
+        torch._dynamo.reset()
+        model = torch.compile(model, backend="aot_eager")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     generator = torch.Generator().manual_seed(rank)
     count = CollectiveCount()
@@ -216,15 +223,16 @@ def simulated(number: int) -> dict[str, Any]:
     return {"parameters": [p.detach() for p in network.parameters()], "buffers": buffers(network)}
 
 
-def uneven() -> dict[str, Any]:
+def uneven(compiles: bool = False) -> dict[str, Any]:
     """Workers with 2, 3, ... batches, joined."""
     network = renorm.synchronize(Network(limits=LIMITS), "running")
     model = DistributedDataParallel(network)
+    call = torch.compile(model, backend="aot_eager") if compiles else model
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Join([model, *renorm.joinables(network)]):
         for number in range(2 + dist.get_rank()):
             optimizer.zero_grad()
-            model(torch.randn(6, 4, 5, 5) + number).sum().backward()
+            call(torch.randn(6, 4, 5, 5) + number).sum().backward()
             optimizer.step()
     return {"parameters": [p.detach() for p in network.parameters()], "buffers": buffers(network)}
 
@@ -269,26 +277,181 @@ def layers_by_hand() -> list[Tensor]:
     return buffers(network)
 
 
-def compiled(sync: str) -> list[list[Tensor]]:
-    """Parameters' gradients and buffers, compiled and eager."""
+class Checkpointed(nn.Sequential):
+    """Layers that are computed again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.utils.checkpoint.checkpoint(self[0], x, use_reentrant=False)
+        return y
+
+
+def compiled(way: str, sync: str, backend: str = "aot_eager", **options: Any) -> list[dict[str, Any]]:
+    """Three steps of a network compiled into one graph, and in eager mode.
+
+    Args:
+        way: how a step goes.
+        sync: of the layers.
+        backend: of the compiler.
+        **options: of `synchronize`.
+    """
+    # r and d are computed again from statistics that the forward has moved, with "batch"
+    limits = None if (way, sync) == ("checkpoint", "batch") else LIMITS
+    network = Network(limits=limits, act="silu" if way == "activation" else None)
+    if way == "checkpoint":
+        network.first = Checkpointed(network.first)
+    models = [renorm.synchronize(copy.deepcopy(network), sync, **options) for _ in range(2)]
+    torch._dynamo.reset()
+    calls = [torch.compile(models[0], fullgraph=True, backend=backend), models[1]]
+    return [three_steps(way, *pair) for pair in zip(models, calls, strict=True)]
+
+
+def three_steps(way: str, network: Network, call: Any) -> dict[str, Any]:
+    """What comes out of a network, and how many collectives it takes a step."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    with profile() as profiler:
+        outputs = [WAYS[way](network, call, generator) for _ in range(3)]
+    return {
+        "outputs": outputs,
+        "gradients": [parameter.grad for parameter in network.parameters()],
+        "buffers": buffers(network),
+        "collectives": collectives(profiler) / 3,
+    }
+
+
+def compiled_apart(sync: str) -> list[list[dict[str, Any]]]:
+    """Models of one kind, synchronized among all workers and among half of them; each compiled and in eager mode."""
+    half = dist.get_world_size() // 2
+    groups = [dist.new_group(list(range(half))), dist.new_group(list(range(half, 2 * half)))]
+    torch._dynamo.reset()
     found = []
-    for compile_ in (lambda model: torch.compile(model, backend="aot_eager"), lambda model: model):
-        network = renorm.synchronize(Network(limits=LIMITS), sync)
-        generator = torch.Generator().manual_seed(dist.get_rank())
-        model = compile_(network)
-        for _ in range(2):
-            model(torch.randn(6, 4, 5, 5, generator=generator)).sum().backward()
-        found.append([*(parameter.grad for parameter in network.parameters()), *buffers(network)])
+    for group in (None, groups[dist.get_rank() // half]):
+        models = [renorm.synchronize(Network(limits=LIMITS), sync, process_group=group) for _ in range(2)]
+        calls = [torch.compile(models[0], fullgraph=True, backend="aot_eager"), models[1]]
+        found.append([three_steps("plain", *pair) for pair in zip(models, calls, strict=True)])
     return found
 
 
-def sharded(sync: str | None, checkpointed: bool = False) -> dict[str, Any]:
+def compiled_twins(sync: str) -> tuple[list[list[Tensor]], int]:
+    """Compiled models of one kind, the second with a step more, batches of any size; and how many graphs there are."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    models = [renorm.synchronize(Network(limits=LIMITS), sync) for _ in range(2)]
+    for model, sizes in zip(models, ((6, 4), (3, 8, 5)), strict=True):
+        call = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+        for size in sizes:
+            call(torch.randn(size + dist.get_rank(), 4, 5, 5)).sum().backward()
+    return [buffers(model) for model in models], torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def compiled_layer(sync: str, masked: bool) -> list[dict[str, Any]]:
+    """A layer and what follows in one graph: the gradient that arrives is expanded, and goes on to a residual."""
+    torch._dynamo.reset()
+    part = {name: tensor[shares([5, 7])] for name, tensor in batch().items()}
+    found = []
+    for compile_ in (partial(torch.compile, fullgraph=True, backend="aot_eager"), lambda function: function):
+        model = renorm.synchronize(nn.Sequential(layer({"limits": renorm.Limits.constant(), "act": "silu"})), sync)[0]
+        mask = part["mask"] if masked else None
+        call = compile_(lambda x, residual, model=model, mask=mask: model(x, mask, residual=residual).sum())
+        x, residual = part["x"].clone().requires_grad_(), part["residual"].clone().requires_grad_()
+        with profile() as profiler:
+            loss = call(x, residual)
+            loss.backward()
+        gradients = [x.grad, residual.grad, *(parameter.grad for parameter in model.parameters())]
+        found.append(
+            {
+                "outputs": [loss.detach()],
+                "gradients": gradients,
+                "buffers": buffers(model),
+                "collectives": collectives(profiler),
+            }
+        )
+    return found
+
+
+def collectives(profiler: profile) -> int:
+    """How many there were, of whomever."""
+    return sum(event.name.startswith("gloo:") for event in profiler.function_events)
+
+
+def _plain(network: Network, model: Any, generator: torch.Generator) -> Tensor:
+    y: Tensor = model(torch.randn(6, 4, 5, 5, generator=generator))
+    y.sum().backward()
+    return y.detach()
+
+
+def _uneven(network: Network, model: Any, generator: torch.Generator) -> Tensor:
+    y: Tensor = model(torch.randn(6 - 2 * dist.get_rank(), 4, 5, 5, generator=generator))
+    y.sum().backward()
+    return y.detach()
+
+
+def _not_finite(network: Network, model: Any, generator: torch.Generator) -> Tensor:
+    x = torch.randn(6, 4, 5, 5, generator=generator)
+    y: Tensor = model(x * torch.nan if dist.get_rank() == 1 and network.last[1].num_batches_tracked == 1 else x)
+    y.sum().backward()
+    return y.detach()
+
+
+def _two_forwards(network: Network, model: Any, generator: torch.Generator) -> Tensor:
+    y: Tensor = sum(model(torch.randn(6, 4, 5, 5, generator=generator)) for _ in range(2))
+    y.sum().backward()
+    return y.detach()
+
+
+def _recomputed(network: Network, model: Any, generator: torch.Generator) -> Tensor:
+    x = torch.randn(6, 4, 5, 5, generator=generator, requires_grad=True)
+    y: Tensor = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    y.sum().backward()
+    return y.detach()
+
+
+def _accumulated(network: Network, model: Any, generator: torch.Generator) -> Tensor:
+    with renorm.accumulate(network):
+        return sum(_plain(network, model, generator) for _ in range(2))
+
+
+def _frozen(network: Network, model: Any, generator: torch.Generator) -> Tensor:
+    with renorm.freeze(network):
+        return _plain(network, model, generator)
+
+
+def _without_gradients(network: Network, model: Any, generator: torch.Generator) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = model(torch.randn(6, 4, 5, 5, generator=generator))
+    return y
+
+
+def _frozen_backbone(network: Network, model: Any, generator: torch.Generator) -> Tensor:
+    network.first.requires_grad_(False)
+    return _plain(network, model, generator)
+
+
+WAYS = {
+    "plain": _plain,
+    "uneven": _uneven,
+    "not finite": _not_finite,
+    "two forwards": _two_forwards,
+    "recomputed": _recomputed,
+    "accumulated": _accumulated,
+    "frozen": _frozen,
+    "without gradients": _without_gradients,
+    "frozen backbone": _frozen_backbone,
+    "activation": _plain,
+    "checkpoint": _plain,
+}
+
+
+def sharded(sync: str | None, checkpointed: bool = False, compiles: bool = False) -> dict[str, Any]:
     """FSDP2 with mixed precision: parameters in bfloat16, statistics in float32."""
     network = renorm.synchronize(Network(limits=LIMITS), sync)
     parts: list[nn.Module] = [network.first, network.detour, network.last]
     if checkpointed:
         for part in parts:
             composable_checkpoint(part)
+    if compiles:
+        torch._dynamo.reset()
+        for part in parts:
+            part.compile(fullgraph=True, backend="aot_eager")
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for part in parts:

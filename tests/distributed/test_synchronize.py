@@ -57,6 +57,13 @@ def assert_as_one_process(found: list[dict[str, Any]], options: dict[str, Any], 
     assert_identical([result["buffers"] for result in found])
 
 
+def assert_as_in_eager_mode(found: list[list[dict[str, Any]]]) -> None:
+    for compiled, eager in found:
+        for name in ("outputs", "gradients", "buffers"):
+            torch.testing.assert_close(compiled[name], eager[name], rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert_identical([compiled["buffers"] for compiled, _ in found])
+
+
 SIZES = {"even": [3, 3, 3, 3], "uneven": [5, 1, 4, 2], "an empty one": [4, 0, 3, 5]}
 
 
@@ -193,8 +200,9 @@ def test_sharded_models_keep_their_statistics_in_float32(two: Crew, sync: str | 
         assert_identical([found[0]["buffers"], two.run(cases.sharded, sync, False)[0]["buffers"]])
 
 
-def test_workers_with_unequal_numbers_of_batches_join(crew: Crew) -> None:
-    found = crew.run(cases.uneven)
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_workers_with_unequal_numbers_of_batches_join(crew: Crew, compiles: bool) -> None:
+    found = crew.run(cases.uneven, compiles)
     assert_identical([result["buffers"] for result in found])
     assert_identical([result["parameters"] for result in found])
     assert found[0]["buffers"][2] == 1 + crew.number
@@ -210,10 +218,78 @@ def test_one_rank_may_evaluate_alone(two: Crew) -> None:
     assert two.run(cases.evaluated_on_one_rank) == [2, 2]
 
 
-@pytest.mark.parametrize("sync", ["running", "batch"])
-def test_compiled_models_are_synchronized_in_eager_mode(two: Crew, sync: str) -> None:
-    for compiled, eager in two.run(cases.compiled, sync):
-        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+each_sync = pytest.mark.parametrize("sync", ["running", "batch"])
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@each_sync
+def test_a_compiled_layer_is_that_of_eager_mode(two: Crew, sync: str, masked: bool) -> None:
+    found = two.run(cases.compiled_layer, sync, masked)
+    assert_as_in_eager_mode(found)
+    assert {result["collectives"] for pair in found for result in pair} == {{"running": 1, "batch": 2}[sync]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", cases.WAYS)
+@each_sync
+def test_compiled_steps_are_those_of_eager_mode(two: Crew, sync: str, way: str) -> None:
+    if (way, sync) == ("recomputed", "batch"):
+        pytest.skip("compiled layers cannot see that they are recomputed")
+    found = two.run(cases.compiled, way, sync)
+    assert_as_in_eager_mode(found)
+    if way == "plain":
+        assert {result["collectives"] for pair in found for result in pair} == {{"running": 1, "batch": 6}[sync]}
+
+
+@pytest.mark.slow
+@each_sync
+def test_the_default_compiler_synchronizes_too(two: Crew, sync: str) -> None:
+    assert_as_in_eager_mode(two.run(cases.compiled, "plain", sync, "inductor"))
+
+
+@pytest.mark.slow
+@each_sync
+def test_compiled_layers_of_one_kind_share_a_graph_and_no_statistics(two: Crew, sync: str) -> None:
+    found = two.run(cases.compiled_twins, sync)
+    for models, graphs in found:
+        assert [int(buffers[2]) for buffers in models] == [2, 3]
+        assert graphs == 1
+    for number in range(2):
+        assert_identical([models[number] for models, _ in found])
+
+
+@pytest.mark.slow
+@each_sync
+def test_compiled_models_keep_to_their_process_groups(four: Crew, sync: str) -> None:
+    for found in four.run(cases.compiled_apart, sync):
+        for compiled, eager in found:
+            torch.testing.assert_close(compiled["buffers"], eager["buffers"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_ghost_groups_of_ranks_compile(four: Crew) -> None:
+    assert_as_in_eager_mode(four.run(partial(cases.compiled, "plain", "batch", ranks_per_group=2)))
+
+
+@pytest.mark.slow
+@each_sync
+def test_compiled_blocks_of_sharded_models_are_those_of_eager_mode(two: Crew, sync: str) -> None:
+    found = two.run(cases.sharded, sync, False, True)
+    eager = two.run(cases.sharded, sync)
+    assert_identical([result["buffers"] for result in found])
+    for name in ("buffers", "parameters"):
+        torch.testing.assert_close(found[0][name], eager[0][name], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.slow
+@each_sync
+def test_compiled_ddp_is_that_of_eager_mode(two: Crew, sync: str) -> None:
+    found = two.run(partial(cases.trained, sync, compiles=True))
+    eager = two.run(partial(cases.trained, sync))
+    assert_identical([result["buffers"] for result in found])
+    assert_identical([result["parameters"] for result in found])
+    for name in ("buffers", "parameters"):
+        torch.testing.assert_close(found[0][name], eager[0][name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import check_channels
-from ..grouping import Grouping
 from ..moments import Moments, accumulation_dtype
 from ..ops import statistics
 from ..ops.composed import finish
 from ..ops.problem import Inputs, Settings, Target, checked
+from ..transforms import snapshot
 from .group import Workers
 
 
@@ -61,7 +61,7 @@ class _OverWorkers(torch.autograd.Function):
         mean, sigma = (statistics.spread(part, k) for part in (group.mean, (group.var + eps).sqrt()))
         r, d = torch.ones_like(sigma), torch.zeros_like(sigma)
         if target is not None:
-            r, d = (statistics.spread(part, k) for part in statistics.correct(group, target, k, eps))
+            r, d = (snapshot(statistics.spread(part, k)) for part in statistics.correct(group, target, k, eps))
         scale, shift = r / sigma, d  # (1, C)
         if weight is not None:
             scale, shift = scale * weight, shift * weight
@@ -101,7 +101,7 @@ def _local_moments(x: Tensor, mask: Tensor | None) -> Moments:
     if x.numel() == 0:
         nothing = x.new_zeros((1, x.shape[1]), dtype=accumulation_dtype(x.dtype))
         return Moments(nothing, nothing, nothing[:, :1])
-    return statistics.moments_of(x, mask, Grouping())
+    return statistics.center(*statistics.views(x, mask, 1))[2]
 
 
 def _merge(local: Moments, workers: Workers) -> tuple[Moments, Tensor, Tensor]:

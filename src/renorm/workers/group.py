@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import distributed as dist
 # A process group of ours for each of the user's, so that no collective of ours meets one of DDP's out of turn. Held by
 # torch alone: what outlives destroy_process_group may abort the process at its end.
 _own: WeakKeyDictionary[Any, ref[Any]] = WeakKeyDictionary()
+_named: WeakValueDictionary[str, Any] = WeakValueDictionary()  # the user's
 
 
 LOST = "lost"  # the group of what was pickled: it is known to its own process only
@@ -27,6 +28,10 @@ class Workers:
 
     def __init__(self, group: Any | None = None) -> None:
         self.group = group
+        # by which the compiler may ask for the group, which it does not hand on as it is
+        self.group_name: str | None = getattr(group, "group_name", None)
+        if self.group_name is not None:
+            _named[self.group_name] = group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Workers:
         return self
@@ -59,13 +64,7 @@ class Workers:
     @property
     def own(self) -> Any:
         """A process group of the same processes and time limit that nothing else uses; made by all at first use."""
-        group = self.process_group
-        own = _own[group]() if group in _own else None
-        if own is None:
-            ranks = dist.get_process_group_ranks(group)
-            own = dist.new_group(ranks, timeout=_time_limit(group), use_local_synchronization=True)
-            _own[group] = ref(own)
-        return own
+        return _own_of(self.group)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The tensor of every worker.
@@ -76,19 +75,28 @@ class Workers:
         Returns:
             All of them, (workers, ...).
         """
+        if torch.compiler.is_compiling():
+            ops = torch.ops._c10d_functional
+            parts = ops.all_gather_into_tensor(tensor[None].contiguous(), self.number, _name_of_own(self.group_name))
+            compiled: Tensor = ops.wait_tensor(parts)
+            return compiled
         gathered = tensor.new_empty((self.number, *tensor.shape))
         dist.all_gather(list(gathered.unbind()), tensor.contiguous(), group=self.own)
         return gathered
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over workers, in place.
+        """The sum over workers.
 
         Args:
-            tensor: any shape, the same on all workers.
+            tensor: any shape, the same on all workers; not to be used any more.
 
         Returns:
-            The tensor.
+            The sum.
         """
+        if torch.compiler.is_compiling():
+            ops = torch.ops._c10d_functional
+            compiled: Tensor = ops.wait_tensor(ops.all_reduce(tensor, "sum", _name_of_own(self.group_name)))
+            return compiled
         dist.all_reduce(tensor, group=self.own)
         return tensor
 
@@ -102,6 +110,26 @@ class Workers:
             What to wait for.
         """
         return dist.all_reduce(tensor, group=self.own, async_op=True)
+
+
+def _own_of(group: Any | None) -> Any:
+    group = group or dist.group.WORLD
+    own = _own[group]() if group in _own else None
+    if own is None:
+        ranks = dist.get_process_group_ranks(group)
+        own = dist.new_group(ranks, timeout=_time_limit(group), use_local_synchronization=True)
+        _own[group] = ref(own)
+    return own
+
+
+def _name_of_own(group_name: str | None) -> str:
+    name: str = _own_of(None if group_name is None else _named[group_name]).group_name
+    return name
+
+
+# The compiler calls it and keeps the name, for a process group is made outside of graphs; as by
+# torch.compiler.assume_constant_result, which imports the compiler.
+_name_of_own._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _time_limit(group: Any) -> timedelta:

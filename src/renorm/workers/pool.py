@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 
 from ..moments import Moments
+from ..recomputation import is_backward
+from ..transforms import unwatched
 from .group import Workers
 from .sums import Summed, from_sums, to_sums
 
@@ -24,6 +27,9 @@ class Member(Protocol):
     @property
     def summed(self) -> Summed:
         """Which sums it needs."""
+
+    def merging_pool(self) -> Pool | None:
+        """Where it leaves its moments."""
 
     def commit_merged(self, moments: Moments, left_out: Tensor) -> None:
         """Move the running statistics by the moments of all workers."""
@@ -146,3 +152,97 @@ def pool_of(workers: Workers) -> Pool:
     if group not in _pools:
         _pools[group] = Pool(workers)
     return _pools[group]
+
+
+# --- in compiled code ------------------------------------------------------------------------------------------------
+# Graphs call the pool by operations that the compiler does not look into. What it believes to be written it neither
+# drops nor moves, so each of them claims to write to a tensor: the forward's to one of no meaning, the backward's to
+# the gradient that passes by. Layers are known to them by a ticket, a tensor, for layers of one kind to share a graph.
+
+_tickets = count()
+_layers: WeakValueDictionary[int, Member] = WeakValueDictionary()
+_UNSEEN = (torch.Tag.cudagraph_unsafe,)  # Python that a replayed CUDA graph would pass over
+
+with unwatched():
+    _written = torch.zeros((), device="cpu")
+
+
+def ticket_for(member: Member) -> Tensor:
+    """By which compiled code knows a layer, or a copy of it.
+
+    Args:
+        member: the layer.
+
+    Returns:
+        A number, 0-d int64 on the CPU.
+    """
+    number = next(_tickets)
+    _layers[number] = member
+    with unwatched():
+        return torch.tensor(number, device="cpu")
+
+
+def leave(ticket: Tensor, batches: Iterable[Moments]) -> None:
+    """Keep a layer's batches until the backward pass that comes, in compiled code.
+
+    Args:
+        ticket: of the layer.
+        batches: moments of each batch.
+    """
+    _leave(_written, ticket, [torch.cat(moments, 1) for moments in batches])
+
+
+def merge_in_backward_of(y: Tensor, ticket: Tensor) -> Tensor:
+    """Have the gradient of an output start the collective, in compiled code.
+
+    Args:
+        y: output of a layer.
+        ticket: of the layer.
+
+    Returns:
+        The output.
+    """
+    merged: Tensor = _MergeInBackward.apply(y, ticket)
+    return merged
+
+
+@torch.library.custom_op("renorm::leave", mutates_args=("written",), tags=_UNSEEN)
+def _leave(written: Tensor, ticket: Tensor, batches: list[Tensor]) -> None:
+    member = _layers[int(ticket)]
+    pool = member.merging_pool()
+    if pool is None or is_backward():  # a checkpoint's recomputation
+        return
+    channels = member.running_var.shape[0]
+    # copies, since the memory is the graph's
+    pool.add(member, [Moments(*batch.clone().split([channels, channels, 1], 1)) for batch in batches])
+    pool.expect_backward()
+
+
+@torch.library.custom_op("renorm::merge_in_backward", mutates_args=("gradient",), tags=_UNSEEN)
+def _merge_in_backward(gradient: Tensor, ticket: Tensor) -> None:
+    member = _layers.get(int(ticket))  # may be gone before its output
+    pool = None if member is None else member.merging_pool()
+    if pool is not None:
+        pool.merge_in_backward(gradient)
+
+
+@_leave.register_fake
+def _(written: Tensor, ticket: Tensor, batches: list[Tensor]) -> None:
+    return None
+
+
+@_merge_in_backward.register_fake
+def _(gradient: Tensor, ticket: Tensor) -> None:
+    return None
+
+
+class _MergeInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, ticket: Tensor) -> Tensor:
+        ctx.save_for_backward(ticket)
+        return y.detach()  # not a view, for what comes next may be in place
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        _merge_in_backward(gradient, *ctx.saved_tensors)
+        return gradient, None

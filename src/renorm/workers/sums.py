@@ -66,7 +66,7 @@ def to_sums(layers: Sequence[Summed], batches: Sequence[Sequence[Moments]], devi
         For each layer: elements, whether a group has more than one, batches that are not finite, (3, layers); then two
         sums over elements for each channel, (2, channels of all layers); flat.
     """
-    places = _places(tuple(layers), device)
+    places = _places(layers, device)
     rows = [_row(layer, several, device) for layer, several in zip(layers, batches, strict=True)]
     mean, var, count, most, left_out = (torch.cat(parts).double() for parts in zip(*rows, strict=True))
     second = torch.where(places.averages_sigma, (var + places.eps).sqrt(), var + mean.square())
@@ -92,7 +92,7 @@ def from_sums(
     Returns:
         Moments (1, C) of each layer, in the dtype of its statistics; and the batches that were left out of each.
     """
-    places, number = _places(tuple(layers), sums.device), len(layers)
+    places, number = _places(layers, sums.device), len(layers)
     count, spread, left_out = sums[: 3 * number].view(3, number)
     divisor = count.clamp(min=1)
     per_channel = divisor[places.layer]
@@ -134,18 +134,31 @@ def _merged_row(layer: Summed, batches: Sequence[Moments], device: torch.device)
     return _Row(*(part.to(device) for part in row))
 
 
+def _places(layers: Sequence[Summed], device: torch.device) -> _Places:
+    if torch.compiler.is_compiling():
+        return _find_places(tuple(layers), device)  # constants of the graph
+    return _known_places(tuple(layers), device)
+
+
 @lru_cache(maxsize=32)
 @unwatched()
-def _places(layers: tuple[Summed, ...], device: torch.device) -> _Places:
+def _known_places(layers: tuple[Summed, ...], device: torch.device) -> _Places:
+    return _find_places(layers, device)
+
+
+def _find_places(layers: tuple[Summed, ...], device: torch.device) -> _Places:
+    channels = sum(layer.num_features for layer in layers)
     widths = torch.tensor([layer.num_features for layer in layers], device="cpu")
     rules = [rule_of(layer.tracking) for layer in layers]
 
     def spread(values: list[float] | list[bool]) -> Tensor:
         dtype = torch.float64 if isinstance(values[0], float) else torch.bool
-        return torch.tensor(values, dtype=dtype, device="cpu").repeat_interleave(widths).to(device)
+        return (
+            torch.tensor(values, dtype=dtype, device="cpu").repeat_interleave(widths, output_size=channels).to(device)
+        )
 
     return _Places(
-        torch.arange(len(layers), device="cpu").repeat_interleave(widths).to(device),
+        torch.arange(len(layers), device="cpu").repeat_interleave(widths, output_size=channels).to(device),
         spread([layer.eps for layer in layers]),
         spread([rule.averages_sigma for rule in rules]),
         spread([rule.is_unbiased for rule in rules]),
