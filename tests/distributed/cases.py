@@ -259,6 +259,15 @@ def evaluated_on_one_rank() -> float:
     return float(network.last[1].num_batches_tracked)
 
 
+def evaluated_alone_without_statistics() -> list[float]:
+    """Evaluation by rank 0 alone, of a layer that normalizes by the batch then too."""
+    layer = renorm.BatchNorm2d(4, track_running_stats=False, sync="batch")
+    if dist.get_rank() > 0:
+        return []
+    y = layer.eval()(torch.randn(6, 4, 5, 5))
+    return [float(y.mean()), float(y.var())]
+
+
 def copied() -> list[list[Tensor]]:
     """A copy of a synchronized model trains by itself, with collectives of its own."""
     network = renorm.synchronize(Network(limits=LIMITS), "running")

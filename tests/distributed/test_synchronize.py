@@ -218,6 +218,12 @@ def test_one_rank_may_evaluate_alone(two: Crew) -> None:
     assert two.run(cases.evaluated_on_one_rank) == [2, 2]
 
 
+def test_one_rank_may_evaluate_alone_by_the_batch(two: Crew) -> None:
+    (mean, var), nothing = two.run(cases.evaluated_alone_without_statistics)
+    assert nothing == []
+    assert (mean, var) == (pytest.approx(0, abs=1e-4), pytest.approx(1, abs=1e-2))
+
+
 each_sync = pytest.mark.parametrize("sync", ["running", "batch"])
 
 

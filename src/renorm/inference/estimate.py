@@ -29,8 +29,9 @@ def estimate(model: nn.Module, loader: Iterable[Any], *, forward: ModelCall = fo
     evaluation (no dropout). Batch renorm's correction rests meanwhile, since it would be toward the statistics that
     are replaced. A layer's moments are merged over all batches by their counts, as its tracking rule says:
     the population's mean, and its variance as training writes it, unbiased for nn.BatchNorm and "var" (fvcore's precise
-    batch norm has the biased one), biased for "total"; for "std" the mean over batches of the standard deviation. With torch.distributed initialized, over all processes. Weights, modes, momentum and
-    `num_batches_tracked`, so also limits, stay as they are; after an error the statistics too.
+    batch norm has the biased one), biased for "total"; for "std" the mean over batches of the standard deviation. With
+    torch.distributed initialized, over all processes. Weights, modes, momentum and `num_batches_tracked`, so also
+    limits, stay as they are; after an error the statistics too.
 
     For weights that no training has normalized with (averaged, pruned, quantized ones), for data of another
     distribution, and instead of torch.optim.swa_utils.update_bn.
