@@ -120,6 +120,16 @@ def test_shift_finds_who_depends_on_neighbours(digits: Path, tmp_path: Path) -> 
             assert float(row["neighbour_influence"]) < 1e-3
 
 
+@pytest.mark.slow
+def test_adapt_evaluates_every_stream_in_every_way(digits: Path, tmp_path: Path) -> None:
+    short = "--size", 16, "--epochs", 2, "--seeds", 1, "--images", 64
+    done = run("adapt", "--data", digits, "--weights", tmp_path / "weights", *short, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    rows = check_files(tmp_path / "out", "adapt")
+    assert len(rows) == 2 * 5 * 7  # orders, streams and ways
+    assert all(0 <= float(row["accuracy"]) <= 100 for row in rows)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -129,6 +139,7 @@ def test_shift_finds_who_depends_on_neighbours(digits: Path, tmp_path: Path) -> 
         ("finetune", ["--data", "FOLDER", "--pretrain", "FOLDER"], "--pretrain needs --weights FILE"),
         ("finetune", ["--data", "FOLDER", "--weights", "none.pt"], "--weights none.pt: there is no such file"),
         ("shift", ["--data", "nowhere", "--weights", "OUT"], "--data nowhere: there is no nowhere/train"),
+        ("adapt", ["--data", "nowhere", "--weights", "OUT"], "--data nowhere: there is no nowhere/train"),
     ],
 )
 def test_bad_options_are_refused(
@@ -187,6 +198,26 @@ def test_numbers_of_the_page_on_shifted_images_are_those_of_the_table() -> None:
     for method, (_, *numbers) in zip(methods, found, strict=True):
         by_condition = [
             [row for row in rows if (row["corruption"], row["severity"], row["method"]) == (*condition, method)]
+            for condition in conditions
+        ]
+        assert {len(runs) for runs in by_condition} == {3}
+        assert numbers == [f"{mean(float(run['accuracy']) for run in runs):.1f}" for runs in by_condition]
+
+
+@needs_results
+def test_numbers_of_the_page_on_streams_are_those_of_the_table() -> None:
+    rows = table(EXAMPLES / "results" / "adapt.csv")
+    conditions = list(dict.fromkeys(row["condition"] for row in rows))
+    methods = {"plain evaluation": "plain", "statistics anew": "estimated", "batch statistics": "batch", "Tent": "tent",
+               "`renorm.adapt`": "adapt"}  # fmt: skip
+    found = [row for row in cells("shift", 1 + len(conditions)) if row[0].split(",")[0] in methods]
+    assert len(found) == 10
+    for label, *numbers in found:
+        name, *rest = label.split(", ")
+        order = "sorted by class" if "sorted by class" in rest else "mixed"
+        method = methods[name] + ", single images" * ("one by one" in rest)
+        by_condition = [
+            [row for row in rows if (row["condition"], row["order"], row["method"]) == (condition, order, method)]
             for condition in conditions
         ]
         assert {len(runs) for runs in by_condition} == {3}
