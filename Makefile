@@ -67,6 +67,7 @@ bench: setup ## about an hour; then the tables and figures of docs/benchmarks.md
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/crossq.py
+	$(BIN)/python benchmarks/small.py
 	$(BIN)/python benchmarks/report.py
 
 bench-regression: setup ## ratio of times to another commit: make bench-regression BASE=main

@@ -17,7 +17,7 @@ from plots import plot_copies, plot_models
 from ratios import select
 
 _HERE = Path(__file__).parent
-_SUITES = ("layers", "models", "memory", "workers", "workers-cost", "export", "crossq")
+_SUITES = ("layers", "models", "memory", "workers", "workers-cost", "export", "crossq", "small")
 _EXAMPLE_MB = 8  # the size whose page faults the page shows
 
 
@@ -31,7 +31,7 @@ def page(results: Mapping[str, list[Row]], machine: Row) -> str:
     Returns:
         The page, in Markdown.
     """
-    layers, models, memory, workers, costs, exports, crossq = (results[name] for name in _SUITES)
+    layers, models, memory, workers, costs, exports, crossq, small = (results[name] for name in _SUITES)
     core = {str(row["shape"]): float(row["megabytes"]) for row in layers if row["variant"] == "norm+residual"}
     example = min(core, key=lambda shape: abs(core[shape] - _EXAMPLE_MB))
     return Template((_HERE / "page.md").read_text(encoding="utf-8")).substitute(
@@ -53,6 +53,7 @@ def page(results: Mapping[str, list[Row]], machine: Row) -> str:
         workers_cost=tables.cost_table(costs),
         export=tables.export_table(exports),
         crossq=tables.crossq_table(crossq),
+        small=tables.small_table(small),
     )
 
 

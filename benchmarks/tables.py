@@ -169,6 +169,22 @@ def crossq_table(steps: list[Row]) -> str:
     return markdown(header, lines, texts=(1, 5))
 
 
+def small_table(small: list[Row]) -> str:
+    """What a call of a small layer takes over nn.BatchNorm2d's, by size, and the geometric mean of all."""
+    names = (c.OUR_BATCH, c.OURS)
+    lines = []
+    for phase in dict.fromkeys(str(row["phase"]) for row in small):
+        ours = [select(small, phase=phase, contender=name) for name in names]
+        for rows in zip(*ours, strict=True):
+            case = [phase, str(rows[0]["layout"]), f"{rows[0]['shape']} ({rows[0]['kilobytes']} KB)"]
+            below = select(small, phase=phase, layout=rows[0]["layout"], shape=rows[0]["shape"], contender=c.BATCH_NORM)
+            microseconds = f"{1e3 * float(below[0]['median_ms']):.1f}"
+            lines.append([*case, microseconds, *(_number(float(row["ratio"])) for row in rows)])
+        means = [_number(mean([float(row["ratio"]) for row in rows])) for rows in ours]
+        lines.append([phase, "both", "geometric mean", "", *means])
+    return markdown(["", "layout", "input", f"{c.BATCH_NORM}, us", *names], lines, texts=(0, 1, 2))
+
+
 def export_table(exports: list[Row]) -> str:
     """What an example weight costs at inference, by network, batch and runtime."""
     lines = []

@@ -148,7 +148,7 @@ def test_exported_contenders_compute_the_same_and_only_a_weight_needs_nodes() ->
 
 @pytest.mark.slow
 def test_every_script_runs_from_measuring_to_the_page(tmp_path: Path) -> None:
-    for script in ("layers", "models", "memory", "workers", "export", "crossq"):
+    for script in ("layers", "models", "memory", "workers", "export", "crossq", "small"):
         run(script, "--quick", "--out", str(tmp_path))
     printed = run("report", "--results", str(tmp_path), "--docs", str(tmp_path / "docs"))
     assert "BatchRenorm2d / plain code" in printed
