@@ -24,6 +24,21 @@ def is_transformed() -> bool:
     )
 
 
+def is_left_over(tensor: Tensor) -> bool:
+    """Whether a tensor comes from a transform of torch.func that has ended, after which nothing can compute with it.
+
+    Args:
+        tensor: any.
+
+    Returns:
+        True for vmap's batches, and for what grad and others wrapped.
+    """
+    if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    level, running = torch._C._functorch.maybe_get_level(tensor), torch._C._functorch.peek_interpreter_stack()
+    return level < 0 or level > (0 if running is None else running.level())
+
+
 @contextmanager
 def unwatched() -> Iterator[None]:
     """Make plain tensors, which outlast what surrounds the call: inference mode, fake tensors, the caller's modes.
