@@ -143,3 +143,18 @@ def test_what_is_kept_for_all_is_nobodys(context: Callable[[], Any]) -> None:
         sums._places((sums.Summed(4, "var", 1, 1e-5),), torch.device("cpu"))
     kept = [schema._constant(1.5), *sums._places((sums.Summed(4, "var", 1, 1e-5),), torch.device("cpu"))]
     assert all(type(tensor) is Tensor and tensor.is_cpu and not tensor.is_inference() for tensor in kept)
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("case", ["in a block", "evaluation", "example weight", "activation and residual"])
+def test_mkldnn_goes_everywhere_as_dense_tensors_do(case: str) -> None:
+    layer = renorm.BatchNorm2d(3, act="relu" if "activation" in case else None)
+    layer.example_weight = 0.3 if "weight" in case else 0.0
+    layer.train(case == "in a block")
+    layer.frozen = "batch" if case == "in a block" else None
+    x = torch.randn(4, 3, 5, 2)
+    residual = torch.randn(4, 3, 5, 2) if "residual" in case else None
+    with torch.no_grad():
+        y = layer(x.to_mkldnn(), residual=None if residual is None else residual.to_mkldnn())
+        assert y.layout == torch._mkldnn  # type: ignore[attr-defined]
+        torch.testing.assert_close(y.to_dense(), layer(x, residual=residual))

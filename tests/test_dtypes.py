@@ -182,7 +182,17 @@ def test_a_double_checkpoint_assigned_stays_double() -> None:
 
 
 @modes
-def test_a_residual_of_another_dtype_does_not_change_the_output_s(training: bool) -> None:
-    layer = renorm.BatchNorm1d(3).train(training)
-    y = layer(torch.randn(4, 3).bfloat16(), residual=torch.randn(4, 3))
-    assert y.dtype == torch.bfloat16
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize(("dtype", "other"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str)
+def test_a_residual_of_another_dtype_is_cast_to_the_input_s(
+    dtype: torch.dtype, other: torch.dtype, training: bool
+) -> None:
+    layer, x = renorm.BatchNorm1d(3, act="relu").train(training), torch.randn(4, 3).to(dtype)
+    residuals = [residual.requires_grad_() for residual in (torch.randn(4, 3).to(other),) * 2]
+    y = layer(x, residual=residuals[0])
+    expected = layer(x, residual=residuals[1].to(dtype))
+    assert y.dtype == dtype
+    assert torch.equal(y, expected)
+    (found,), (wanted,) = (torch.autograd.grad(z.sum(), r) for z, r in zip((y, expected), residuals, strict=True))
+    assert found.dtype == other
+    assert torch.equal(found, wanted)

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import pytest
 
@@ -58,6 +58,32 @@ def test_the_page_of_federated_learning_has_the_committed_figures() -> None:
     page = " ".join((ROOT / "docs" / "dependent-batches.md").read_text(encoding="utf-8").split())
     assert f"with averaged buffers {min(averaged)} to {max(averaged)}% are right, merged {min(merged)} to" in page
     assert f"to {max(merged)}% ([{len(apart)} seeds]" in page
+
+
+def test_an_ensemble_is_the_same_by_vmap_and_one_by_one(tmp_path: Path) -> None:
+    done = run("ensemble", "--sizes", "1", "--seeds", "1", "--rounds", "3", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (row,) = check_files(tmp_path, "ensemble")
+    assert row["members"] == "10"
+    assert float(row["difference"]) < 1e-9
+    assert float(row["vmap_ms"]) > 0
+    assert float(row["loop_ms"]) > 0
+
+
+@needs_results
+def test_the_page_of_the_ensemble_has_the_committed_figures() -> None:
+    rows = table(EXAMPLES / "results" / "ensemble.csv")
+    assert max(float(row["difference"]) for row in rows) <= 1e-10
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.read_text().splitlines()]
+    found = [line for line in cells if len(line) == 4 and line[0].isdigit()]
+    sizes = dict.fromkeys((row["members"], f"{row['width']}, {row['batch']}") for row in rows)
+    assert [tuple(line[:2]) for line in found] == list(sizes)
+    for members, size, *figures in found:
+        width, batch = size.split(", ")
+        chosen = [row for row in rows if (row["members"], row["width"], row["batch"]) == (members, width, batch)]
+        assert [row["seed"] for row in chosen] == ["0", "1", "2"]
+        columns = ([float(row[name]) for row in chosen] for name in ("loop_over_vmap", "loop_over_compiled"))
+        assert figures == [f"{median(column):.2f} ({min(column):.2f} to {max(column):.2f})" for column in columns]
 
 
 @pytest.mark.slow
@@ -111,6 +137,7 @@ def test_recurrent_writes_table_and_picture(tmp_path: Path) -> None:
         ("crossq", ["--env", "CartPole-v1"], "must be vectors of real numbers, got Discrete(2)"),
         ("crossq", ["--env", "Nowhere-v0"], "--env Nowhere-v0: "),
         ("crossq_sb3", ["--seeds", "0"], "must be at least 1, got 0"),
+        ("ensemble", ["--rounds", "0"], "must be at least 1, got 0"),
         ("recurrent", ["--steps", "0"], "must be at least 1, got 0"),
         ("gan", ["--norm", "layer"], "invalid choice: 'layer'"),
     ],

@@ -291,3 +291,24 @@ def test_a_refused_batch_changes_nothing() -> None:
             layer(bad)
     for name, tensor in layer.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("mode", ["training", "frozen", "evaluation", "evaluation without gradients"])
+@pytest.mark.parametrize("moved", ["mask", "residual", "weight", "running_mean", "layer"])
+def test_tensors_of_several_devices(moved: str, mode: str) -> None:
+    layer, x = renorm.BatchRenorm1d(4, act="relu"), torch.randn(3, 4, 5)
+    given = {"mask": torch.ones(3, 5, dtype=torch.bool), "residual": torch.randn(3, 4, 5)}
+    if moved in given:
+        given[moved] = given[moved].to("meta")
+    elif moved == "layer":
+        layer.to("meta")
+    else:
+        setattr(layer, moved, torch.nn.Parameter(layer.weight.to("meta")) if moved == "weight" else MEAN.to("meta"))  # type: ignore[union-attr]
+    layer.train(mode in ("training", "frozen"))
+    layer.frozen = "batch" if mode == "frozen" else None
+    with (
+        torch.set_grad_enabled(mode != "evaluation without gradients"),
+        pytest.raises(ValueError, match=r"must be on x's device, cpu, got a tensor of shape \(.*\) on meta"),
+    ):
+        layer(x, **given)

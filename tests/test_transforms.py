@@ -64,6 +64,45 @@ def test_an_ensemble_trains_under_vmap_as_one_by_one(make: Any, graph: bool) -> 
         model(x).square().mean().backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name][i], parameter.grad, rtol=1e-3, atol=1e-5)
+        for name, buffer in model.named_buffers():  # which move under grad, too
+            torch.testing.assert_close(buffers[name][i], buffer, rtol=1e-4, atol=1e-5)
+
+
+def test_members_stay_as_they_are_in_a_block_around_vmap() -> None:
+    models = [critic(LAYERS["batch renorm"]) for _ in range(3)]
+    state = stack_module_state(models)
+    base, x = copy.deepcopy(models[0]).to("meta"), torch.randn(8, 3)
+    for statistics in ("batch", "running"):
+        with renorm.freeze(base, statistics=statistics):
+            vmap(run, (None, (0, 0), None))(base, state, x)
+    assert state[1]["1.num_batches_tracked"].tolist() == [0] * 3
+    assert state[1]["1.running_mean"].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("transform", [lambda f: vmap(f, (None, 0)), grad], ids=["vmap", "grad"])
+def test_a_block_that_a_transform_has_not_outlasted_is_refused(transform: Any) -> None:
+    layer = renorm.BatchNorm(3)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: Any, x: Tensor) -> Tensor:
+        return run(layer, (parameters, {}), x).square().sum()
+
+    with (
+        pytest.raises(RuntimeError, match=r"accumulate cannot merge batches of a torch\.func transform that has ended"),
+        renorm.accumulate(layer),
+    ):
+        transform(loss)(parameters, torch.randn(2, 3, 3))
+    assert layer.num_batches_tracked == 0
+    assert not layer.blocks
+
+
+def test_a_block_inside_a_model_s_forward_works_under_vmap() -> None:
+    layers = [renorm.BatchRenormGRU(3, 2, limits=LIMITS, momentum=0.1) for _ in range(2)]
+    state, x = stack_module_state(layers), torch.randn(5, 4, 3)
+    together = vmap(run, (None, (0, 0), None))(copy.deepcopy(layers[0]).to("meta"), state, x)[0]
+    torch.testing.assert_close(together, torch.stack([layer(x)[0] for layer in layers]))
+    for name, buffer in state[1].items():
+        torch.testing.assert_close(buffer, torch.stack([layer.get_buffer(name) for layer in layers]))
 
 
 @each_layer

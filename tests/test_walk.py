@@ -54,7 +54,7 @@ def test_from_the_layer_to_the_kernel_a_batch_passes_few_files_once_each(limits:
     layer = renorm.BatchRenorm2d(4, limits=limits)
     found = walk(layer, torch.randn(3, 4, 5, 5, requires_grad=True))
     assert found[0] == "norm.py"
-    assert found[-1] == "ops/schema.py"  # which makes the list that the operation takes
-    in_cpp = 1  # csrc/torch_ops.cpp, which has the operation
+    assert found[-1] == "ops/native.py"
+    in_cpp = 1  # csrc/step.cpp
     assert len(found) + in_cpp <= MOST_FILES, found
     assert len(set(found)) == len(found), found

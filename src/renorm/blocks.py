@@ -14,6 +14,7 @@ from .modules import norms
 from .norm import Norm
 from .occasions import Accumulation, Frozen, Statistics
 from .recomputation import is_backward
+from .transforms import is_left_over
 
 
 @contextmanager
@@ -39,6 +40,7 @@ def accumulate(*models: nn.Module) -> Iterator[None]:
 
     Raises:
         TypeError: an argument is no module.
+        RuntimeError: a batch comes from a transform of torch.func, as vmap, that ended in the block.
 
     Warns:
         UserWarning: there is no layer of renorm, but torch's batch norm in training mode, which goes on as ever.
@@ -58,6 +60,11 @@ def accumulate(*models: nn.Module) -> Iterator[None]:
     pending = {layer: Accumulation() for layer in _tracking_layers(models)}
     with pushed(pending):
         yield
+    if any(is_left_over(moments.mean) for accumulation in pending.values() for moments in accumulation.batches):
+        raise RuntimeError(
+            "accumulate cannot merge batches of a torch.func transform that has ended: let each forward move the "
+            "buffers that are handed over, or open the block in the model's own forward"
+        )
     for layer, accumulation in pending.items():
         if accumulation.batches or not is_backward():  # a block inside a checkpoint is recomputed, without batches
             layer.commit(accumulation.batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -31,6 +32,25 @@ def check_input(x: Tensor, **per_channel: Tensor | None) -> None:
             raise ValueError(
                 f"x must have as many channels in dimension 1 as {name}, of shape {tuple(tensor.shape)}, "
                 f"got {tuple(x.shape)}"
+            )
+
+
+def check_devices(x: Tensor, tensors: Iterable[Tensor | None]) -> None:
+    """Refuse tensors of several devices.
+
+    Args:
+        x: the input.
+        tensors: what goes with it.
+
+    Raises:
+        ValueError: one is on another device than x.
+    """
+    device = x.device
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            raise ValueError(
+                f"mask, residual, parameters and statistics must be on x's device, {device}, got a tensor of shape "
+                f"{tuple(tensor.shape)} on {tensor.device}"
             )
 
 

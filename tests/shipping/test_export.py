@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +80,29 @@ def test_without_an_example_weight_the_graph_is_batch_norms() -> None:
     programs = [export(model, images(), strict=True) for model in (converted(theirs), theirs)]
     ours, expected = map(operations, programs)
     assert ours == expected
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("cls", [renorm.BatchRenorm2d, renorm.BatchGroupNorm2d])
+def test_a_layer_exported_in_training_mode_trains_by_torchs_own_operations(cls: Any, strict: bool) -> None:
+    options = {"num_groups": 2} if cls is renorm.BatchGroupNorm2d else {}
+    layer = cls(4, limits=renorm.Limits(1.5, 0.5, start=1, r_end=4, d_end=3), momentum=0.1, act="relu", **options)
+    program = torch.export.export(copy.deepcopy(layer), (images(6)[:, :1].repeat(1, 4, 1, 1),), strict=strict)
+    assert not [name for name in operations(program) if "renorm" in name]
+    exported = program.module()
+    for _ in range(5):
+        x = images(6)[:, :1].repeat(1, 4, 1, 1) * 2 + 1
+        found = []
+        for model in (exported, layer):
+            leaf = x.clone().requires_grad_()
+            y = model(leaf)
+            found.append([y, *torch.autograd.grad(y.sin().sum(), [leaf, *dict(model.named_parameters()).values()])])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    buffers = dict(exported.named_buffers())
+    for name, buffer in layer.named_buffers():
+        torch.testing.assert_close(buffers[name], buffer)
 
 
 @weights

@@ -114,25 +114,20 @@ def give_up(device: str, error: LaunchError) -> None:
         )
 
 
-def take(x: Tensor, residual: Tensor | None = None) -> bool:
+def take(x: Tensor) -> bool:
     """Whether kernels of ours take a batch: C++ on the CPU, Triton on a GPU.
 
     Args:
         x: input, (N, C, *S).
-        residual: added before the activation, or None.
 
     Returns:
         True for plain floating-point tensors, on a device with kernels, whose operations nobody has to see.
     """
     if not available.get(x.device.type, False) or x.dtype not in _DTYPES:
         return False
-    if residual is not None and residual.dtype != x.dtype:
-        return False
     if x.is_cuda and x.numel() >= _MOST_ELEMENTS * len(x):
         return False
-    if torch.compiler.is_compiling():
-        return True
-    return type(x) in _PLAIN and not is_transformed()
+    return (torch.compiler.is_compiling() or type(x) in _PLAIN) and not is_transformed()
 
 
 def module_of_steps(inputs: Inputs, state: RunningState) -> Any:
@@ -147,7 +142,9 @@ def module_of_steps(inputs: Inputs, state: RunningState) -> Any:
         What is compiled needs the statistics as an output, to move them where it can order the writes.
     """
     x, *others = inputs
-    if x.numel() == 0 or not take(x, inputs.residual):
+    if x.numel() == 0 or not take(x):
+        return None
+    if inputs.residual is not None and inputs.residual.dtype != x.dtype:  # to be cast under autograd's eyes
         return None
     for tensor in others:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.device != x.device):
@@ -188,24 +185,34 @@ def take_moments(moments: Moments, state: RunningState) -> bool:
     return moments.mean.dtype == state.mean.dtype and _can_move(moments.mean, state)
 
 
-def take_evaluation(inputs: Inputs, settings: Settings, example_weight: float) -> bool:
-    """Whether they evaluate a batch.
+def is_batch_norm(inputs: Inputs, settings: Settings) -> bool:
+    """Whether an evaluation without an example weight is torch's own batch norm, which does it as fast.
 
     Args:
         inputs: the batch.
         settings: channels_per_group and activation.
-        example_weight: weight of the example's own statistics.
 
     Returns:
-        True in eager mode without gradients, unless it is all that torch's own batch norm does as fast.
+        True without mask, residual, activation and channel groups.
     """
-    x, weight, bias, mask, residual = inputs
-    is_batch_norm = example_weight == 0 and settings.grouping.channels_per_group == 1 and mask is None
-    if is_batch_norm and residual is None and settings.act is None:
+    if inputs.mask is not None or inputs.residual is not None:
         return False
+    return settings.act is None and settings.grouping.channels_per_group == 1
+
+
+def take_evaluation(inputs: Inputs) -> bool:
+    """Whether they evaluate a batch that is more than batch norm.
+
+    Args:
+        inputs: the batch.
+
+    Returns:
+        True in eager mode without gradients.
+    """
+    x, weight, bias, _, residual = inputs
     if torch.compiler.is_compiling() or torch.jit._trace.is_tracing():  # what is exported must run where we are not
         return False
-    if x.numel() == 0 or not take(x, residual):
+    if x.numel() == 0 or not take(x):
         return False
     needs_gradient = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, residual))
     return not (needs_gradient and torch.is_grad_enabled())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_channels, check_example_weight, check_groups
+from ..checks import check_channels, check_devices, check_example_weight, check_groups
 from ..limits import Limits
 from ..moments import Moments, accumulation_dtype
 from ..transforms import is_transformed, snapshot
@@ -33,21 +33,26 @@ def normalize(inputs: Inputs, settings: Settings, correction: Target | Correctio
         TypeError: x is not floating point, or the mask not boolean.
         ValueError: a shape does not fit, or a group has a single element and no correction.
     """
+    if inputs.x.is_mkldnn:
+        y, moments = normalize(_dense(inputs), settings, correction)
+        return y.to_mkldnn(), moments
     if isinstance(correction, Target):
         inputs = checked(inputs, settings, correction)
+        check_devices(inputs.x, (*inputs, correction.mean, correction.var))
         running = _as_accumulated(inputs.x, Running(correction.mean, correction.var))
         correction = Target(*running, correction.r_max, correction.d_max)
     else:
         inputs = checked(inputs, settings)
+        check_devices(inputs.x, inputs)
     if inputs.x.numel() == 0:
         return _normalize_nothing(inputs)
     check_groups(inputs.x, settings.grouping, corrected=correction is not None)
-    if backends.take(inputs.x, inputs.residual):
+    if backends.take(inputs.x):
         try:
             return kernels.normalize(inputs, settings, correction)
         except LaunchError as error:
             backends.give_up(inputs.x.device.type, error)
-    if is_transformed() and not torch.compiler.is_compiling():
+    if is_transformed():
         y, moments, _ = reference.forward(inputs, settings, correction)
         return finish(y, inputs, settings), Moments(*(moment.detach() for moment in moments))
     return compose(backends.of_torch(inputs, settings), inputs, settings, correction)
@@ -71,7 +76,7 @@ def train(inputs: Inputs, settings: Settings, state: RunningState, limits: Limit
         ValueError: a shape does not fit, or a group has a single element and no correction.
     """
     if inputs.x.is_mkldnn:
-        return train(inputs._replace(x=inputs.x.to_dense()), settings, state, limits, rule).to_mkldnn()
+        return train(_dense(inputs), settings, state, limits, rule).to_mkldnn()
     if inputs.mask is not None:
         inputs = checked(inputs, settings, state)  # which makes it as large as x
     if not backends.is_watched(inputs.x):
@@ -109,17 +114,22 @@ def evaluate(inputs: Inputs, settings: Settings, running: Running, example_weigh
         TypeError: x is not floating point, or the mask not boolean.
         ValueError: a shape does not fit, or `example_weight` is outside [0, 1].
     """
-    if _is_nn_batch_norm(inputs, settings, running, example_weight):
+    is_more = example_weight != 0 or not backends.is_batch_norm(inputs, settings)
+    if not is_more and _suit_torch(inputs, running):
         x, weight, bias, *_ = inputs
         try:
             return torch.batch_norm(x, weight, bias, *running, False, 0.0, settings.eps, torch.backends.cudnn.enabled)
         except RuntimeError:
             pass  # the checks below say it by our names
     check_example_weight(example_weight)
+    if is_more and inputs.x.is_mkldnn:
+        return evaluate(_dense(inputs), settings, running, example_weight).to_mkldnn()
     inputs = checked(inputs, settings, running)
+    if is_more:
+        check_devices(inputs.x, (*inputs, *running))
     check_channels(inputs.x.shape[1], settings.grouping.channels_per_group)
     running = _as_accumulated(inputs.x, running)
-    if backends.take_evaluation(inputs, settings, example_weight):
+    if is_more and backends.take_evaluation(inputs):
         try:
             return kernels.evaluate(inputs, settings, running, example_weight)
         except LaunchError as error:
@@ -164,7 +174,7 @@ def target_of(inputs: Inputs, state: RunningState, limits: Limits | None) -> Tar
     if limits is None:
         return None
     mean, var, steps, _ = state
-    if not backends.take(inputs.x, inputs.residual):  # these keep r and d themselves
+    if not backends.take(inputs.x):  # these keep r and d themselves
         mean, var, steps = snapshot(mean), snapshot(var), snapshot(steps)
     return Target(mean, var, *limits(steps, accumulation_dtype(inputs.x.dtype)))
 
@@ -201,6 +211,13 @@ def _remember(facts: Any, kind: Any) -> Any:
     return kind
 
 
+def _dense(inputs: Inputs) -> Inputs:
+    residual = inputs.residual
+    if residual is not None and residual.is_mkldnn:
+        residual = residual.to_dense()
+    return inputs._replace(x=inputs.x.to_dense(), residual=residual)
+
+
 def _normalize_nothing(inputs: Inputs) -> tuple[Tensor, Moments]:
     # Connected to weight and bias, so that their gradients are zeros rather than missing.
     x, weight, bias, *_ = inputs
@@ -212,19 +229,16 @@ def _normalize_nothing(inputs: Inputs) -> tuple[Tensor, Moments]:
     return y, Moments(nothing, nothing, nothing[:, :1])
 
 
-def _is_nn_batch_norm(inputs: Inputs, settings: Settings, running: Running, example_weight: float) -> bool:
-    """Whether torch's own batch norm is all there is to do, so that checks may wait for its refusal."""
-    x, weight, bias, mask, residual = inputs
-    if example_weight != 0 or mask is not None or residual is not None or torch.compiler.is_compiling():
-        return False
-    grouping, _, act = settings
+def _suit_torch(inputs: Inputs, running: Running) -> bool:
+    """Whether dtypes are as torch's batch norm wants them, so that all other checks may wait for its refusal."""
+    x, weight, bias, *_ = inputs
     dtype = running.mean.dtype
-    if act is not None or grouping.channels_per_group != 1 or running.var.dtype is not dtype:
+    if torch.compiler.is_compiling() or running.var.dtype is not dtype or x.numel() == 0:
         return False
     for parameter in (weight, bias):
         if parameter is not None and parameter.dtype is not dtype:
             return False
-    return x.numel() > 0 and (x.dtype is dtype or dtype is accumulation_dtype(x.dtype))
+    return x.dtype is dtype or dtype is accumulation_dtype(x.dtype)
 
 
 def _as_accumulated(x: Tensor, running: Running) -> Running:

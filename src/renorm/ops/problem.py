@@ -158,7 +158,7 @@ def checked(inputs: Inputs, settings: Settings, running: Running | RunningState 
         running: statistics that must fit; None for none.
 
     Returns:
-        The inputs, the mask as (N, *S).
+        The inputs, the mask as (N, *S), the residual in x's dtype.
 
     Raises:
         TypeError: x is not floating point, or the mask not boolean.
@@ -169,4 +169,6 @@ def checked(inputs: Inputs, settings: Settings, running: Running | RunningState 
     check_input(x, running_mean=mean, running_var=var, weight=weight, bias=bias)
     check_residual(residual, x)
     require_activation(settings.act)
-    return inputs if mask is None else Inputs(x, weight, bias, check_mask(mask, x), residual)
+    if residual is not None and residual.dtype != x.dtype:
+        residual = residual.to(x.dtype)
+    return Inputs(x, weight, bias, None if mask is None else check_mask(mask, x), residual)

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from ...activation import Activation
+from ...checks import check_devices
 from ...grouping import Grouping
 from ...limits import Limits
 from ...moments import Moments
@@ -37,7 +38,6 @@ from .plans import (
     make_backward,
     make_forward,
     options_of_step,
-    require_device,
     stream_of,
 )
 
@@ -163,7 +163,7 @@ def _forward(
     if plan is None:
         if not _is_dense(x):
             return _forward(inputs._replace(x=x.contiguous()), settings, options, statistics)
-        require_device(x, given)
+        check_devices(x, given)
         plan = _remember(key, make_forward(x, settings, options, given))
     y, kept = torch.empty_like(x), x.new_empty(plan.kept.size, dtype=plan.wide)
     scratch = x.new_empty(plan.scratch.size, dtype=plan.wide)
@@ -249,7 +249,7 @@ def _backward(
     key = (strides, wants_residual, *kinds_of(given, places))  # a hook may have saved x in another layout
     plan: BackwardPlan | None = plans.get(key)
     if plan is None:
-        require_device(x, given)
+        check_devices(x, given)
         plan = plans[key] = make_backward(x, settings.grouping, settings.act, given, wants_residual)
     layout, wide = plan.layout, plan.wide
     dx, dresidual = torch.empty_like(x), torch.empty_like(x) if wants_residual else None

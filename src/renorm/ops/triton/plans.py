@@ -353,24 +353,6 @@ def kinds_of(tensors: Sequence[Tensor | None], places: Sequence[int | None]) -> 
     return kinds
 
 
-def require_device(x: Tensor, tensors: Sequence[Tensor | None]) -> None:
-    """Refuse tensors of several devices.
-
-    Args:
-        x: the input.
-        tensors: all that a kernel is given, or None.
-
-    Raises:
-        ValueError: one is on another device than x.
-    """
-    for tensor in tensors:
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"mask, residual, parameters and statistics must be on x's device, {x.device}, got a tensor of shape "
-                f"{tuple(tensor.shape)} on {tensor.device}"
-            )
-
-
 @lru_cache(maxsize=16)
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device; a few for the interpreter, which has none."""
