@@ -46,7 +46,7 @@ def write_origin(recipe: Recipe, command: str, processes: int) -> None:
         processes: number of ranks that train together.
 
     Raises:
-        LabError: the folder cannot be used.
+        LabError: a file cannot be written.
     """
     folder = recipe.folder
     origin = read_settings(folder / "provenance.json")
@@ -58,10 +58,6 @@ def write_origin(recipe: Recipe, command: str, processes: int) -> None:
         origin = {"recipe": recipe.name, "seeds": list(recipe.seed_numbers), **programs}
         origin |= {"machine": machine, "processes": processes}
     options = yaml.safe_dump(_options(recipe), sort_keys=False, allow_unicode=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LabError(f"{folder}: cannot be used for results: {error}") from None
     _write_once(folder / "config.yaml", f"# renorm run {recipe.name} --config config.yaml\n{options}")
     _write_once(folder / "command.txt", command + "\n")
     save_text(folder / "provenance.json", json.dumps(origin, indent=2) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from ..runs import Run
-from ..store import file_stem, save_file
+from ..store import file_stem, save_file, sole_writer
 
 _KEPT = 2  # the last, and the one before in case the last is damaged
 
@@ -28,6 +29,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, run: Run) -> None:
         self._folder = folder / "checkpoints" / file_stem(run)
+
+    def sole_writer(self) -> AbstractContextManager[None]:
+        """A block in which no other process trains this run."""
+        return sole_writer(self._folder, patience=60.0)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Write a checkpoint; the one before is kept, older ones are removed.

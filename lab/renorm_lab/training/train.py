@@ -6,6 +6,7 @@ import platform
 import random
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, replace
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,8 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, progress: Callable[[int], 
         run: the run.
         dataset: the data, on the device to train on.
         recipe: how to carry it out: device, checkpoints, logger, folder.
-        progress: called with the number of steps done after each of them; may raise to stop.
+        progress: called with the number of steps done after each of them, and after each evaluation at the end; may
+            raise to stop.
 
     Returns:
         The result.
@@ -55,11 +57,21 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, progress: Callable[[int], 
     if run.precision == "64-true":
         dataset = dataset.double()
     training = Training(run, dataset, recipe)
+    with training.alone():
+        return _result(training, run, dataset, recipe, progress)
+
+
+def _result(
+    training: Training, run: Run, dataset: Dataset, recipe: Recipe, progress: Callable[[int], None]
+) -> Result:
     training.finish(progress)
     model = training.trained
     if recipe.save_weights and training.fabric.is_global_zero:
         save_weights(recipe.folder, run, model)
-    validation = {alpha: evaluate(model, run, dataset, dataset.validation, alpha).accuracy for alpha in ALPHAS}
+    validation: dict[float, float] = {}
+    for weight in ALPHAS:
+        validation[weight] = evaluate(model, run, dataset, dataset.validation, weight).accuracy
+        progress(run.steps)  # or an interrupt would wait for all of them
     alpha = best_alpha(validation)
     off, on = (evaluate(model, run, dataset, dataset.test, weight) for weight in (run.example_weight, alpha))
     measured = [model, training.model]
@@ -143,6 +155,10 @@ class Training:
     def seconds(self) -> float:
         """Time since the start, without that between an interruption and the same command's coming again."""
         return time.perf_counter() - self._started
+
+    def alone(self) -> AbstractContextManager[None]:
+        """A block in which no worker of a killed command, which dies a moment after it, trains the same run."""
+        return self._checkpoints.sole_writer() if self.fabric.is_global_zero else nullcontext()
 
     def finish(self, progress: Callable[[int], None]) -> None:
         """Train from the last checkpoint, or from the beginning, to the end.
