@@ -45,7 +45,7 @@ def save_text(path: Path, text: str) -> None:
         path: the file.
         text: its content.
     """
-    save_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    save_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 @contextmanager
@@ -132,9 +132,21 @@ def read_settings(path: Path) -> dict[str, Any]:
         return {}
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        found = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
+        str(found)  # as everything here may be shown
+    except RecursionError:
+        raise LabError(f"{path}: damaged: it is nested too deeply") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise LabError(f"{path}: damaged: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
+        raise LabError(f"{path}: damaged: {error}") from None
+    if not (isinstance(found, dict) and all(isinstance(name, str) for name in found)):
         raise LabError(f"{path}: damaged: it must hold options by name")
     return found
+
+
+class _Loader(yaml.SafeLoader):
+    """Without references to what stands elsewhere, of which a few lines would make more than the memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it refers to another place in itself")
+        return super().compose_node(parent, index)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,10 +64,12 @@ def start_forked(arguments: Sequence[str], folder: Path) -> int:
     from renorm_lab.cli import main
 
     if pid := os.fork():
+        with suppress(OSError):  # the child was faster
+            os.setpgid(pid, pid)
         return pid
     status = 70
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         os.chdir(folder)
         errors = os.open("stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from rich.console import Console
+
+from renorm.markup import printable
 
 from ..data import Dataset
 from ..errors import LabError
@@ -19,7 +20,8 @@ from ..report.plots import plot_bars, plot_curves
 from ..results import Results, read_finished, write_results
 from ..runs import Result, Run
 from ..store import file_stem, save_text, sole_writer
-from ..summary import markdown_table, summarize, terminal_table
+from ..summary import markdown_table, markdown_text, summarize, terminal_table
+from ..terminal import console
 from ..training.batches import batch_sampler
 from ..training.checkpoints import Checkpoints
 from ..training.loggers import check_logger
@@ -56,9 +58,9 @@ def carry_out(recipe: Recipe, command: str) -> None:
         results = _begin(recipe, runs, command, fabric, stack)
         with hearing_interrupts() as stop_if_heard:
             _run_missing(recipe, runs, results, dataset, fabric, stop_if_heard)
-        if fabric.is_global_zero:
-            shutil.rmtree(recipe.folder / "checkpoints", ignore_errors=True)  # what is left where a process was killed
-            _report(recipe, _in_order(results, runs))
+            if fabric.is_global_zero:
+                shutil.rmtree(recipe.folder / "checkpoints", ignore_errors=True)  # of processes that were killed
+                _report(recipe, _in_order(results, runs), stop_if_heard)
 
 
 def _load(recipe: Recipe, fabric: Fabric) -> Dataset:
@@ -156,15 +158,17 @@ def _in_order(results: Results, runs: list[Run]) -> Results:
     return {run: results[run] for run in runs if run in results}
 
 
-def _report(recipe: Recipe, results: Results) -> None:
+def _report(recipe: Recipe, results: Results, stop_if_heard: Callable[[], None]) -> None:
     summary = summarize(results, recipe.score, shows_training=recipe.shows_training)
     title = f"{recipe.title}: {next(iter(results)).model} on {recipe.data}"
-    save_text(recipe.folder / "table.md", f"# {title}\n\n{markdown_table(summary)}")
+    save_text(recipe.folder / "table.md", f"# {markdown_text(title)}\n\n{markdown_table(summary)}")
     plot_bars(recipe.folder / "bars.png", summary, title)
+    stop_if_heard()
     plot_curves(recipe.folder / "curves.png", results, summary, title)
-    console = Console()
-    console.print(terminal_table(summary, title))
+    stop_if_heard()
+    terminal = console()
+    terminal.print(terminal_table(summary, title))
     conclusion = recipe.conclusion(summary)
     if conclusion:
-        console.print(conclusion)
-    console.print(f"Everything is in {recipe.folder}")
+        terminal.print(conclusion)
+    terminal.print(f"Everything is in {printable(str(recipe.folder))}")

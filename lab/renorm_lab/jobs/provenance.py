@@ -52,7 +52,10 @@ def write_origin(recipe: Recipe, command: str, processes: int) -> None:
     origin = read_settings(folder / "provenance.json")
     programs = {"command": command, "versions": _versions(), "git": _commit()}
     if origin:
-        origin["continued"] = [*origin.get("continued", []), programs]
+        continued = origin.get("continued", [])
+        if not isinstance(continued, list):
+            raise LabError(f"{folder / 'provenance.json'}: damaged: its continued must be a list, got {continued}")
+        origin["continued"] = [*continued, programs]
     else:
         machine = {"system": platform.platform(), "cores": os.cpu_count(), "device": recipe.device}
         origin = {"recipe": recipe.name, "seeds": list(recipe.seed_numbers), **programs}
@@ -78,7 +81,7 @@ def _read_options(folder: Path) -> dict[str, Any]:
     origin, options = (read_settings(folder / name) for name in ("provenance.json", "config.yaml"))
     if not (origin and options):
         return read_settings(folder / "settings.json")  # of renorm 0.1
-    if "recipe" not in origin:
+    if not isinstance(origin.get("recipe"), str):
         raise LabError(f"{folder / 'provenance.json'}: damaged: it does not name the recipe")
     return {"recipe": origin["recipe"], **options}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import random
 import time
@@ -61,9 +62,7 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, progress: Callable[[int], 
         return _result(training, run, dataset, recipe, progress)
 
 
-def _result(
-    training: Training, run: Run, dataset: Dataset, recipe: Recipe, progress: Callable[[int], None]
-) -> Result:
+def _result(training: Training, run: Run, dataset: Dataset, recipe: Recipe, progress: Callable[[int], None]) -> Result:
     training.finish(progress)
     model = training.trained
     if recipe.save_weights and training.fabric.is_global_zero:
@@ -169,10 +168,7 @@ class Training:
         Raises:
             LabError: a checkpoint cannot be written.
         """
-        state = self.fabric.broadcast(self._checkpoints.load() if self.fabric.is_global_zero else None)
-        if state is not None:
-            self._set_state(state)
-        elif self._run.pretraining_steps:
+        if not self._resumes() and self._run.pretraining_steps:
             prepare(self.model, self._run, self._dataset, lambda: progress(0))
             self._save()
         recipe, run = self._recipe, self._run
@@ -195,6 +191,26 @@ class Training:
                 if self._step % recipe.checkpoint_every == 0:
                     self._save()
                 progress(self._step)
+
+    def _resumes(self) -> bool:
+        """Whether there was a checkpoint to go on from; those that are none of this run's are set aside."""
+        first: dict[str, Any] | None = None
+        while True:
+            state = self.fabric.broadcast(self._checkpoints.load() if self.fabric.is_global_zero else None)
+            if state is None:
+                return False
+            if first is None:
+                first = copy.deepcopy(self._state())
+            try:
+                self._set_state(state)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:  # whatever torch's objects raise at a state of other keys, shapes or types
+                self._set_state(first)
+            else:
+                return True
+            if self.fabric.is_global_zero:
+                self._checkpoints.set_aside()
 
     def _observe(self, log: Log) -> None:
         run, step = self._run, self._step
@@ -235,6 +251,8 @@ class Training:
 
     def _set_state(self, state: dict[str, Any]) -> None:
         device = self.fabric.device
+        if not 0 <= state["step"] <= self._run.steps or len(state["curve"]) > _CURVE_POINTS:
+            raise ValueError("of another run")
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
