@@ -20,6 +20,7 @@ from .recipe import Scale
 from .recipes import RECIPES
 from .report.page import report
 from .store import read_settings
+from .terminal import write_any_letter
 
 _INTERRUPTED = 130  # what shells expect after Ctrl-C
 
@@ -34,18 +35,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for an error, 130 for an interrupt.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    write_any_letter()
     try:
         _carry_out(arguments)
         sys.stdout.flush()
     except LabError as error:
-        print(f"renorm: error: {error}", file=sys.stderr)
-        return 1
+        return _failed(error)
     except BrokenPipeError:  # a reader, as head, that has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
         return 1
+    except (OSError, MemoryError) as error:  # what files and machines may do anywhere
+        return _failed(LabError(str(error) or "there is not enough memory"))
+    except RecursionError:
+        return _failed(LabError("an option, or a file of options, is nested too deeply"))
     except KeyboardInterrupt:
         return _INTERRUPTED
     return 0
+
+
+def _failed(error: LabError) -> int:
+    print(f"renorm: error: {error}", file=sys.stderr)
+    return 1
 
 
 def _carry_out(arguments: list[str]) -> None:
@@ -102,9 +112,9 @@ def _scale(arguments: Sequence[str]) -> tuple[Scale | None, list[str]]:
         known = parser.parse_known_args(arguments)[0]
         if known.scale is not None:
             return known.scale, [f"--scale={known.scale}"]
-        scale = None if known.config is None else read_settings(known.config).get("scale")
-    except (argparse.ArgumentError, LabError):
+    except argparse.ArgumentError:
         return None, []  # the parser that knows all options says what is wrong
+    scale = None if known.config is None else read_settings(known.config).get("scale")
     return scale if scale in get_args(Scale) else None, []
 
 

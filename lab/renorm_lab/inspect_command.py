@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import nn
 
 import renorm
@@ -19,6 +18,7 @@ from renorm.samplers import ClassBatchSampler, RandomBatchSampler
 from .data import Dataset, load_dataset
 from .errors import LabError
 from .store import save_file
+from .terminal import console
 
 
 def inspect_model(
@@ -61,7 +61,7 @@ def inspect_model(
         found = renorm.inspect(network, loader)
     except (TypeError, ValueError) as error:
         raise LabError(str(error)) from error
-    Console().print(found)
+    console().print(found)
     if csv is not None:
         save_file(csv, found.to_csv)
     if plot is not None:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
 
@@ -35,6 +35,8 @@ SUMMERS: dict[str, Any] = {
     "data": "cifar100", "model": "resnet18", "steps": 18_750, "lr": 0.1, "weight_decay": 5e-4, "momentum": 0.01,
     "device": "cuda", "precision": "bf16-mixed",
 }  # fmt: skip
+
+_MOST_SEEDS, _LARGEST_SEED = 10_000, 2**63  # as torch takes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +123,17 @@ class Recipe(ABC):
     save_weights: bool = False
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if getattr(self, name) is None and type(None) not in get_args(hint):  # jsonargparse lets it pass
+                raise LabError(f"{name} must not be null")
+            if "\0" in str(getattr(self, name)):
+                raise LabError(f"{name} must not hold a null character, got {getattr(self, name)!r}")
         if not 0 <= self.average < 1:
             raise LabError(f"average must be at least 0 and less than 1, got {self.average}")
+        if self.seeds > _MOST_SEEDS:
+            raise LabError(f"seeds must be at most {_MOST_SEEDS:,}, the number of runs of a cell, got {self.seeds}")
+        if self.first_seed + self.seeds > _LARGEST_SEED:
+            raise LabError(f"first_seed must be less than 2**63, got {self.first_seed}")
 
     @abstractmethod
     def runs(self, dataset: Dataset) -> list[Run]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
-from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
+
+from renorm.files import guard_cell, unguard_cell
 
 from .errors import LabError
 from .runs import CurvePoint, Result, Run
@@ -21,6 +22,7 @@ _RESULT_COLUMNS = tuple(field.name for field in fields(Result) if field.name not
 _KEY = ("regime", "method", "seed")
 _MEASURE_COLUMNS = ("measure", "value")
 _CURVE_COLUMNS = tuple(field.name for field in fields(CurvePoint))
+_LARGEST = 2**63 - 1  # of whole numbers, as wherever they go to
 _ACCURACIES = ("validation_accuracy_off", "validation_accuracy_on", "test_accuracy_off", "test_accuracy_on")
 
 _Key = tuple[str, ...]
@@ -69,6 +71,8 @@ def read_finished(folder: Path, runs: Sequence[Run]) -> Results:
     path = folder / "results.csv"
     if not path.exists():
         return {}
+    if not path.is_file():
+        raise LabError(f"{path}: is no file")
     by_key = {run.key: run for run in runs}
     found = read_results(folder)
     other = next((run for run in found if run.key not in by_key), None)
@@ -89,7 +93,7 @@ def read_results(folder: Path) -> Results:
     Raises:
         LabError: a file is damaged.
     """
-    curves = _by_run(folder / "curves.csv", partial(_parse, CurvePoint))
+    curves = _by_run(folder / "curves.csv", _point)
     measures = _by_run(folder / "measures.csv", lambda row: (row["measure"], float(row["value"])))
     path = folder / "results.csv"
     rows = _read_csv(path)
@@ -119,12 +123,22 @@ def _result(
     measures: Mapping[_Key, list[tuple[str, float]]],
 ) -> Result:
     for name in _ACCURACIES:
-        if not 0 <= float(row[name]) <= 1:
-            raise ValueError(f"{name} = {row[name]}")
+        _require_share(name, float(row[name]))
     key = _key(row)
     versions = tuple((name, text) for name, text in row.items() if text and name not in _RUN_COLUMNS + _RESULT_COLUMNS)
     return _parse(Result, row, curve=tuple(curves.get(key, ())), measures=tuple(measures.get(key, ())),
                   versions=versions)  # fmt: skip
+
+
+def _point(row: Mapping[str, str]) -> CurvePoint:
+    point = _parse(CurvePoint, row)
+    _require_share("validation_accuracy", point.validation_accuracy)
+    return point
+
+
+def _require_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} = {value}")
 
 
 def _parse(kind: type[_T], row: Mapping[str, str], **known: Any) -> _T:
@@ -145,7 +159,12 @@ def _value(text: str, hint: Any) -> object:
     if bool in kinds:
         return {"True": True, "False": False}[text]
     number = next((kind for kind in (int, float) if kind in kinds), None)
-    return text if number is None else number(text)
+    if number is None:
+        return text
+    value = number(text)
+    if number is int and abs(value) > _LARGEST:
+        raise ValueError(f"{text:.20} is no number of this table")
+    return value
 
 
 def _key(row: Mapping[str, str]) -> _Key:
@@ -158,10 +177,12 @@ def _key_row(run: Run) -> dict[str, str]:
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        # names of files may hold bytes that are no UTF-8
+        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(rows)
+            for row in rows:
+                writer.writerow({name: guard_cell(v) if isinstance(v, str) else v for name, v in row.items()})
 
     save_file(path, write)
 
@@ -174,4 +195,4 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
         raise LabError(f"{path}: cannot be read: {error}") from None
     if any(None in row or None in row.values() for row in rows):
         raise LabError(f"{path}: damaged: its lines are not equally long")
-    return rows
+    return [{name: unguard_cell(text) for name, text in row.items()} for row in rows]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from rich.markup import escape
 from rich.table import Table as RichTable
+
+from renorm.markup import printable
 
 from .results import Results
 
@@ -165,8 +167,24 @@ def markdown_lines(header: Sequence[str], rows: Iterable[Sequence[str]], *, numb
         Lines.
     """
     ruler = ["---"] + ["---:" if numbers else "---"] * (len(header) - 1)
-    lines = ([cell.replace("|", "\\|") for cell in line] for line in (header, ruler, *rows))
+    lines = (map(markdown_text, header), ruler, *(map(markdown_text, row) for row in rows))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    """Text for a line or a cell of Markdown, where no name is markup.
+
+    Args:
+        text: any text.
+
+    Returns:
+        The same with backslashes.
+
+    Example:
+        >>> print(markdown_text("a|b <i> $x_$"))
+        a\\|b \\<i> \\$x\\_\\$
+    """
+    return re.sub(r"[\\`*\[\]<|$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(text))  # not _ within a word
 
 
 def terminal_table(summary: Summary, title: str) -> RichTable:
@@ -177,15 +195,15 @@ def terminal_table(summary: Summary, title: str) -> RichTable:
         title: stands above it.
 
     Returns:
-        A table that rich prints.
+        A table for `terminal.console`.
     """
     what = f"{'trained / ' * bool(summary.trained)}test [weighed]"
-    table = RichTable(title=title, caption=escape(summary.terminal_caption))
+    table = RichTable(title=printable(title), caption=summary.terminal_caption)
     table.add_column("method", min_width=len("batch-group"))
     for regime in summary.regimes:
-        table.add_column(escape(f"{regime}\n{what}"), justify="right")
+        table.add_column(f"{printable(regime)}\n{what}", justify="right")
     for method in summary.methods:
-        table.add_row(method, *(_cell(summary, (method, regime)) for regime in summary.regimes))
+        table.add_row(printable(method), *(_cell(summary, (method, regime)) for regime in summary.regimes))
     return table
 
 
@@ -195,4 +213,4 @@ def _cell(summary: Summary, place: tuple[str, str]) -> str:
         return _UNFINISHED
     before = f"{trained.mean:.0f} / " if trained else ""
     weighed = f" [{on.mean:.1f}]" if f"{on.mean:.1f}" != f"{off.mean:.1f}" else ""
-    return escape(before + str(off).replace("± ", "±") + weighed)
+    return before + str(off).replace("± ", "±") + weighed

@@ -22,6 +22,7 @@ from renorm_lab.recipes.noniid import NonIid
 from renorm_lab.training import checkpoints
 from renorm_lab.training import train as training
 from renorm_lab.training.checkpoints import Checkpoints
+from renorm_lab.training.evaluation import ALPHAS
 
 from .conftest import arrays
 from .test_job import rows
@@ -264,7 +265,7 @@ def test_pretraining_stops_at_once_and_is_not_repeated_once_it_is_finished(finet
         assert calls == ([0] * 6 + [1])[:number]
     calls.clear()
     resumed = training.train(run, dataset, finetune, calls.append)
-    assert calls == [1, 2, 3, 4]
+    assert calls == [1, 2, 3, 4, *[4] * len(ALPHAS)]  # and after each evaluation
     Checkpoints(finetune.folder, run).remove()
     whole = training.train(run, finetune.load(), finetune, calls.append)
     assert whole.curve == resumed.curve

@@ -44,13 +44,61 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], object]) 
         raise
 
 
+_FORMULA = "=+-@\t\r"  # what a spreadsheet takes for the beginning of one
+_MARK = "'"  # what it takes for the beginning of text
+
+
+def guard_cell(cell: str) -> str:
+    """Text as the cell of a table, which a spreadsheet shows and never computes.
+
+    Args:
+        cell: any text.
+
+    Returns:
+        The same, behind an apostrophe where it could be taken for a formula; numbers stay as they are.
+
+    Source:
+        OWASP, "CSV injection".
+
+    Example:
+        >>> guard_cell("batch norm"), guard_cell("-0.5"), guard_cell("=1+1"), unguard_cell("'=1+1")
+        ('batch norm', '-0.5', "'=1+1", '=1+1')
+    """
+    formula = cell[:1] in _FORMULA and len(cell) > 1 and not _is_number(cell)
+    return _MARK + cell if formula or _is_guarded(cell) else cell
+
+
+def unguard_cell(cell: str) -> str:
+    """The text that `guard_cell` has made a cell of.
+
+    Args:
+        cell: as it stands in the file.
+
+    Returns:
+        The text.
+    """
+    return cell[1:] if _is_guarded(cell) else cell
+
+
+def _is_guarded(cell: str) -> bool:
+    return cell[:1] == _MARK and len(cell) > 1 and cell[1] in _FORMULA + _MARK
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
 def save_csv(path: str | os.PathLike[str], header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a table, as a whole or not at all.
 
     Args:
         path: file to write; an older one is replaced.
         header: names of the columns.
-        rows: cells; floats get six significant digits.
+        rows: cells; floats get six significant digits, and texts go by `guard_cell`.
 
     Raises:
         OSError: it cannot be written; the error names `path`.
@@ -64,9 +112,16 @@ def save_csv(path: str | os.PathLike[str], header: Sequence[str], rows: Iterable
     """
 
     def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        # names of files may hold bytes that are no UTF-8
+        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(header)
-            writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+            writer.writerow(map(guard_cell, header))
+            writer.writerows(map(_cell, row) for row in rows)
 
     replace_file(path, write)
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return guard_cell(value) if isinstance(value, str) else value

@@ -1,9 +1,10 @@
-"""HTML for notebooks."""
+"""Text from elsewhere as text: in HTML for notebooks, and in pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from html import escape
+from unicodedata import category
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], marked: Container[str] = ()) -> str:
@@ -45,3 +46,38 @@ def bullets(texts: Iterable[object]) -> str:
 def _cells(row: Sequence[str], *, marked: bool) -> str:
     first, *others = map(escape, row)
     return f"<td>{f'<mark>{first}</mark>' if marked else first}</td>" + "".join(f"<td>{cell}</td>" for cell in others)
+
+
+def printable(text: str) -> str:
+    """Text on one line that does to a terminal or a picture nothing but stand there.
+
+    Args:
+        text: any text, as the name of a file.
+
+    Returns:
+        The same, with escapes for control characters, line ends, and bytes that were no text.
+
+    Example:
+        >>> printable("layer\\n\\x1b[31m")
+        'layer\\\\n\\\\x1b[31m'
+    """
+    return "".join(
+        letter.encode("unicode_escape").decode() if category(letter) in ("Cc", "Cs", "Zl", "Zp") else letter
+        for letter in text
+    )
+
+
+def picture_text(text: str) -> str:
+    """Text for matplotlib, which takes what is between two dollar signs for a formula.
+
+    Args:
+        text: any text; line ends stay.
+
+    Returns:
+        What matplotlib draws as `text`.
+
+    Example:
+        >>> print(picture_text("$x_$.npz"))
+        \\$x_\\$.npz
+    """
+    return "\n".join(map(printable, text.replace("$", r"\$").split("\n")))

@@ -69,6 +69,8 @@ def _check_part(x: Array, y: Array, part: str, source: str) -> None:
             f"{source}: y_{part} must be integers of shape ({len(x)},), one for each image, "
             f"got {y.dtype} of shape {y.shape}"
         )
+    if int(y.max()) > np.iinfo(np.int64).max:
+        raise LabError(f"{source}: y_{part} must be labels that int64 holds, got {y.max()}")
 
 
 def _check_classes(arrays: Arrays, source: str) -> None:
@@ -79,6 +81,8 @@ def _check_classes(arrays: Arrays, source: str) -> None:
                 f"{source}: y_{part} has labels out of range: from {y.min()} to {y.max()}, "
                 f"where the training labels allow 0 to {num_classes - 1}"
             )
-    empty = sorted(set(range(num_classes)) - set(np.unique(arrays.y_train).tolist()))
+    classes = np.unique(arrays.y_train)
+    empty = num_classes - len(classes)  # which may be billions
     if empty:
-        raise LabError(f"{source}: class {empty[0]} has no training image ({len(empty)} of {num_classes} are empty)")
+        first = int((classes != np.arange(len(classes))).argmax())
+        raise LabError(f"{source}: class {first} has no training image ({empty} of {num_classes} are empty)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -169,7 +170,7 @@ def array_parts(arrays: Arrays) -> tuple[Part, Part]:
 
 
 def _part(x: Array, y: Array) -> Part:
-    return Part(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y).long())
+    return Part(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y.astype(np.int64)))
 
 
 def assemble(train: Part, validation: Part, test: Part, source: str) -> Dataset:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,7 @@ from .dataset import Dataset, Part
 from .image_files import ImageFiles
 from .split import split_test, split_validation
 
+_NAMED = 20  # classes that an error names
 _LARGEST_IN_MEMORY = 64  # pixels of height and width; larger images stay in their files
 
 
@@ -67,14 +69,42 @@ def read_tree(path: Path, image_size: int) -> tuple[Part, list[str]]:
     return _read(found.samples, image_size), found.classes
 
 
-def _found(path: Path) -> Any:
-    """The images of a tree as torchvision finds them."""
-    from torchvision.datasets import ImageFolder
+class _Tree(NamedTuple):
+    classes: list[str]
+    samples: list[tuple[str, int]]  # file and class
 
-    try:
-        return ImageFolder(str(path))
-    except FileNotFoundError as error:  # no class folder, or an empty one
-        raise LabError(f"{path}: {' '.join(str(error).split())}") from None
+
+def _found(path: Path) -> _Tree:
+    """The images of a tree in the order of torchvision's ImageFolder, which would go round and round in links."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    if not classes:
+        raise LabError(f"{path}: holds no folder of a class")
+    samples = [
+        (os.path.join(folder, name), label)
+        for label, name_of_class in enumerate(classes)
+        for folder, names in sorted(_walk(path / name_of_class))
+        for name in sorted(names)
+        if name.lower().endswith(IMG_EXTENSIONS)
+    ]
+    empty = sorted(set(range(len(classes))) - {label for _, label in samples})
+    if empty:
+        named = ", ".join(classes[label] for label in empty[:_NAMED]) + ", ..." * (len(empty) > _NAMED)
+        raise LabError(f"{path}: no valid file for the classes {named} (endings: {', '.join(IMG_EXTENSIONS)})")
+    return _Tree(classes, samples)
+
+
+def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Folders and what is in them, links too, but none within itself."""
+    above: dict[str, tuple[str, ...]] = {}  # real paths of a folder and of those that lead to it
+    for folder, inner, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in above.get(os.path.dirname(folder), ()):
+            inner.clear()
+            continue
+        above[folder] = (*above.get(os.path.dirname(folder), ()), real)
+        yield folder, names
 
 
 def _read(samples: Sequence[tuple[str, int]], image_size: int) -> Part:

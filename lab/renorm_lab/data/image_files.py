@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +15,9 @@ from torch import Tensor
 from ..errors import LabError
 
 _NAMED = 20  # files that cannot be read, as many as a screen shows; the others are counted
-_UNREADABLE = OSError, SyntaxError, ValueError, Image.DecompressionBombError  # what PIL raises at bytes that are wrong
+# Of the formats that PIL finds by looking into files: others call programs, as that of EPS, or are rarely read.
+_FORMATS = "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"
+_MOST_PIXELS = 2**26  # of an image whose short side is resized
 
 _Read = TypeVar("_Read")
 
@@ -59,12 +63,8 @@ class ImageFiles:
         Raises:
             LabError: it cannot be read.
         """
-        path = self.paths[index]
-        try:
-            with Image.open(path) as image:
-                cut: Tensor = _cut(self.size, augment)(image.convert("RGB"))
-        except _UNREADABLE as error:
-            raise LabError(f"{path}: {' '.join(str(error).split())}") from None
+        with _opened(self.paths[index], self.size) as image:
+            cut: Tensor = _cut(self.size, augment)(image.convert("RGB"))
         return cut
 
     def take(self, indices: Sequence[int]) -> Tensor:
@@ -90,11 +90,27 @@ class ImageFiles:
         _all(self._open, range(len(self)))
 
     def _open(self, index: int) -> None:
-        path = self.paths[index]
-        try:
-            Image.open(path).close()
-        except _UNREADABLE as error:
-            raise LabError(f"{path}: {' '.join(str(error).split())}") from None
+        with _opened(self.paths[index], self.size):
+            pass
+
+
+@contextmanager
+def _opened(path: Path, size: int) -> Iterator[Image.Image]:
+    """An image, of which no more than the header is read before it is known to fit into memory, also where resized."""
+    if path.exists() and not path.is_file():
+        raise LabError(f"{path}: is no file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_FORMATS) as image:
+                short, long = sorted(image.size)
+                if size * size * long // short > _MOST_PIXELS:
+                    raise LabError(f"{path}: is too long for its width: {image.width} x {image.height} pixels")
+                yield image
+    except LabError:
+        raise
+    except Exception as error:  # PIL's readers raise anything at bytes that are wrong
+        raise LabError(f"{path}: {error or type(error).__name__}") from None
 
 
 def _all(read: Callable[[int], _Read], indices: Sequence[int]) -> list[_Read]:
@@ -109,8 +125,7 @@ def _all(read: Callable[[int], _Read], indices: Sequence[int]) -> list[_Read]:
         raise LabError(wrong[0])
     if wrong:
         more = [f"and {len(wrong) - _NAMED} more"] if len(wrong) > _NAMED else []
-        listed = "".join(f"\n  {line}" for line in (*wrong[:_NAMED], *more))
-        raise LabError(f"{len(wrong)} images cannot be read:{listed}")
+        raise LabError(f"{len(wrong)} images cannot be read:", [*wrong[:_NAMED], *more])
     return found
 
 

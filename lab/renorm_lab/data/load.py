@@ -9,7 +9,8 @@ from .arrays import Arrays, check_arrays
 from .dataset import Dataset, array_parts
 from .folder import read_folder
 from .named import NAMED
-from .readers import TORCHVISION, read_digits, read_npz, read_torchvision
+from .npz import read_npz
+from .readers import TORCHVISION, read_digits, read_torchvision
 from .shrink import shrunk
 from .split import split_validation
 

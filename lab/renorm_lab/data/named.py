@@ -54,14 +54,14 @@ def _flowers102(root: Path, image_size: int) -> Dataset:
         with (folder / "imagelabels.mat").open("rb") as file:
             labels = loadmat(file)["labels"].ravel() - 1
         with (folder / "setid.mat").open("rb") as file:
-            parts = loadmat(file)
-    except (OSError, KeyError, ValueError) as error:
-        raise LabError(f"{folder}: {error}") from None
-    train, validation, test = (
-        _files(folder / "jpg", [f"image_{number:05d}.jpg" for number in parts[name].ravel()],
-               [int(labels[number - 1]) for number in parts[name].ravel()], image_size)
-        for name in ("trnid", "valid", "tstid")
-    )  # fmt: skip
+            found = loadmat(file)
+        listed = [
+            [(f"image_{number:05d}.jpg", int(labels[number - 1])) for number in found[name].ravel()]
+            for name in ("trnid", "valid", "tstid")
+        ]
+    except Exception as error:  # scipy's reader raises anything at bytes that are wrong
+        raise LabError(f"{folder}: {error or type(error).__name__}") from None
+    train, validation, test = (_files(folder / "jpg", rows, image_size) for rows in listed)
     return assemble(train, validation, test, str(folder))
 
 
@@ -83,10 +83,9 @@ def _cub2011(root: Path, image_size: int) -> Dataset:
     except (OSError, IndexError, ValueError) as error:
         raise LabError(f"{folder}: {error}") from None
     train, test = (
-        _files(folder / "images", [name for name, _, flag in rows if flag == wanted],
-               [label for _, label, flag in rows if flag == wanted], image_size)
+        _files(folder / "images", [(name, label) for name, label, flag in rows if flag == wanted], image_size)
         for wanted in (True, False)
-    )  # fmt: skip
+    )
     return split_validation(train, test, str(folder), share=0.25)
 
 
@@ -98,8 +97,11 @@ NAMED: dict[str, Callable[[Path, int], Dataset]] = {
 }
 
 
-def _files(folder: Path, names: list[str], labels: list[int], image_size: int) -> Part:
-    missing = next((name for name in names if not (folder / name).is_file()), None)
-    if missing is not None:
-        raise LabError(f"{folder / missing}: there is no such file")
-    return files_part(ImageFiles([folder / name for name in names], image_size), labels)
+def _files(folder: Path, rows: list[tuple[str, int]], image_size: int) -> Part:
+    """Images and their labels, of which there are fewer than images."""
+    for name, label in rows:
+        if not (folder / name).is_file():
+            raise LabError(f"{folder / name}: there is no such file")
+        if not 0 <= label < len(rows):
+            raise LabError(f"{folder / name}: must have a label from 0 to {len(rows) - 1}, got {label}")
+    return files_part(ImageFiles([folder / name for name, _ in rows], image_size), [label for _, label in rows])

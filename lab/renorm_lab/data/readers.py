@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,29 +28,6 @@ def read_digits() -> Arrays:
     return Arrays(x[train], y[train], x[test], y[test])
 
 
-def read_npz(path: Path) -> Arrays:
-    """An .npz file with x_train, y_train, x_test and y_test.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The data, unchecked.
-
-    Raises:
-        LabError: there is no such file, it cannot be read, or lacks an array.
-    """
-    try:
-        with np.load(path) as file:
-            return Arrays(*(file[name] for name in Arrays._fields))
-    except FileNotFoundError:
-        raise LabError(f"{path}: there is no such file") from None
-    except KeyError as error:
-        raise LabError(f"{path}: {error.args[0]} (it must hold {', '.join(Arrays._fields)})") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise LabError(f"{path}: cannot be read as .npz: {error}") from None
-
-
 def read_torchvision(name: str, root: Path) -> Arrays:
     """One of torchvision's data sets, downloaded if it is not there.
 
@@ -74,6 +50,8 @@ def read_torchvision(name: str, root: Path) -> Arrays:
             stacked = [stack(make(root, download=True, **part)) for part in parts]
         except (OSError, RuntimeError) as error:
             raise LabError(f"{name} is not in {root} and cannot be downloaded there: {error}") from None
+        except Exception as error:  # torchvision's readers raise anything at bytes that are wrong
+            raise LabError(f"{name} cannot be read from {root}: {error or type(error).__name__}") from None
         arrays += [np.concatenate(columns) for columns in zip(*stacked, strict=True)]
     if name == "omniglot":  # whose parts count their classes apart
         arrays[3] += arrays[1].max() + 1

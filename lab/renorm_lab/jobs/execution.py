@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +15,7 @@ from ..errors import LabError
 from ..recipe import Recipe
 from ..runs import Result, Run
 from ..training.train import train
+from .interrupts import deferring_interrupts
 from .memory import return_memory
 from .worker import start_worker, train_in_worker
 
@@ -33,7 +33,7 @@ def run_here(runs: Sequence[Run], dataset: Dataset, recipe: Recipe, keep: Keep, 
         dataset: the data, on the device to train on.
         recipe: how to carry them out.
         keep: called with each finished run and its result.
-        show: called after each step with the number of steps done of each run.
+        show: called after each step with the number of steps done of each run; may raise to stop.
 
     Raises:
         LabError: a run failed.
@@ -61,7 +61,8 @@ def run_in_processes(runs: Sequence[Run], recipe: Recipe, workers: int, keep: Ke
         recipe: how to carry them out; its data are loaded in each worker.
         workers: number of processes.
         keep: called in this process with each finished run and its result.
-        show: called in this process several times a second with the number of steps done of each run.
+        show: called in this process several times a second with the number of steps done of each run; may raise to
+            stop.
 
     Raises:
         LabError: a run failed, or a worker died.
@@ -69,10 +70,11 @@ def run_in_processes(runs: Sequence[Run], recipe: Recipe, workers: int, keep: Ke
     context = multiprocessing.get_context("spawn")
     steps_done = context.RawArray("q", len(runs))  # plain shared memory: no lock that a dying worker could keep
     stop = context.RawValue("b", 0)
+    waiting: dict[Future[Result], int] = {}
     with ProcessPoolExecutor(workers, context, start_worker, (recipe, steps_done, stop)) as pool:
-        with _ignoring_interrupts():  # inherited by the workers, which start here
-            waiting = {pool.submit(train_in_worker, run, index): index for index, run in enumerate(runs)}
         try:
+            with deferring_interrupts():  # as the workers, which start here, always do
+                waiting |= {pool.submit(train_in_worker, run, index): index for index, run in enumerate(runs)}
             while waiting:
                 finished, _ = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
                 show(steps_done)
@@ -80,6 +82,7 @@ def run_in_processes(runs: Sequence[Run], recipe: Recipe, workers: int, keep: Ke
                     _keep_finished(future, runs[waiting[future]], keep)
                     del waiting[future]
         except BrokenProcessPool:
+            show(steps_done)  # raises if workers were stopped together with this process
             underway = [str(runs[index]) for index in waiting.values() if steps_done[index]]
             raise LabError(f"a worker process died (out of memory?) during {_one_of(underway)}") from None
         finally:
@@ -122,12 +125,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

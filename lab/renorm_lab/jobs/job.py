@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from rich.console import Console
+
+from renorm.markup import printable
 
 from ..data import Dataset
 from ..errors import LabError
@@ -16,14 +19,15 @@ from ..recipe import Recipe
 from ..report.plots import plot_bars, plot_curves
 from ..results import Results, read_finished, write_results
 from ..runs import Result, Run
-from ..store import file_stem, save_text
-from ..summary import markdown_table, summarize, terminal_table
+from ..store import file_stem, save_text, sole_writer
+from ..summary import markdown_table, markdown_text, summarize, terminal_table
+from ..terminal import console
 from ..training.batches import batch_sampler
 from ..training.checkpoints import Checkpoints
 from ..training.loggers import check_logger
 from ..training.ranks import make_fabric, share_of
 from .execution import run_here, run_in_processes
-from .interrupts import hearing_termination
+from .interrupts import hearing_interrupts
 from .progress_bar import RunProgress
 from .provenance import check_folder, write_origin
 
@@ -50,12 +54,13 @@ def carry_out(recipe: Recipe, command: str) -> None:
     dataset = _load(recipe, fabric)
     runs = recipe.runs(dataset)
     _check(runs, dataset, recipe, fabric.world_size)
-    results = _begin(recipe, runs, command, fabric)
-    with hearing_termination():
-        _run_missing(recipe, runs, results, dataset, fabric)
-    if fabric.is_global_zero:
-        shutil.rmtree(recipe.folder / "checkpoints", ignore_errors=True)  # what is left where a process was killed
-        _report(recipe, _in_order(results, runs))
+    with ExitStack() as stack:
+        results = _begin(recipe, runs, command, fabric, stack)
+        with hearing_interrupts() as stop_if_heard:
+            _run_missing(recipe, runs, results, dataset, fabric, stop_if_heard)
+            if fabric.is_global_zero:
+                shutil.rmtree(recipe.folder / "checkpoints", ignore_errors=True)  # of processes that were killed
+                _report(recipe, _in_order(results, runs), stop_if_heard)
 
 
 def _load(recipe: Recipe, fabric: Fabric) -> Dataset:
@@ -69,11 +74,15 @@ def _load(recipe: Recipe, fabric: Fabric) -> Dataset:
     return _unless_error(loaded)
 
 
-def _begin(recipe: Recipe, runs: list[Run], command: str, fabric: Fabric) -> Results:
-    """What is finished already; rank 0 looks and writes where the results come from, and all ranks hear of it."""
+def _begin(recipe: Recipe, runs: list[Run], command: str, fabric: Fabric, stack: ExitStack) -> Results:
+    """What is finished already; rank 0 looks and writes where the results come from, and all ranks hear of it.
+
+    Until the stack is closed the folder is rank 0's alone.
+    """
     finished: Results | LabError = {}
     if fabric.is_global_zero:
         try:
+            stack.enter_context(sole_writer(recipe.folder))
             check_folder(recipe)
             finished = read_finished(recipe.folder, runs)
             if len(finished) < len(runs):
@@ -89,7 +98,14 @@ def _unless_error(value: Value | LabError) -> Value:
     return value
 
 
-def _run_missing(recipe: Recipe, runs: list[Run], results: Results, dataset: Dataset, fabric: Fabric) -> None:
+def _run_missing(
+    recipe: Recipe,
+    runs: list[Run],
+    results: Results,
+    dataset: Dataset,
+    fabric: Fabric,
+    stop_if_heard: Callable[[], None],
+) -> None:
     missing = [run for run in runs if run not in results]
 
     def keep(run: Run, result: Result) -> None:
@@ -101,10 +117,15 @@ def _run_missing(recipe: Recipe, runs: list[Run], results: Results, dataset: Dat
     epoch_steps = [len(batch_sampler(run, dataset.train)) for run in missing]
     workers = min(recipe.workers or os.cpu_count() or 1, len(missing))
     with RunProgress(missing, len(results), epoch_steps, visible=fabric.is_global_zero) as progress:
+
+        def show(steps_done: Sequence[int]) -> None:
+            progress.show(steps_done)
+            stop_if_heard()
+
         if workers > 1 and recipe.device == "cpu" and fabric.world_size == 1:
-            run_in_processes(missing, recipe, workers, keep, progress.show)
+            run_in_processes(missing, recipe, workers, keep, show)
         elif missing:
-            run_here(missing, dataset.to(fabric.device), recipe, keep, progress.show)
+            run_here(missing, dataset.to(fabric.device), recipe, keep, show)
 
 
 def _check(runs: list[Run], dataset: Dataset, recipe: Recipe, processes: int) -> None:
@@ -137,15 +158,17 @@ def _in_order(results: Results, runs: list[Run]) -> Results:
     return {run: results[run] for run in runs if run in results}
 
 
-def _report(recipe: Recipe, results: Results) -> None:
+def _report(recipe: Recipe, results: Results, stop_if_heard: Callable[[], None]) -> None:
     summary = summarize(results, recipe.score, shows_training=recipe.shows_training)
     title = f"{recipe.title}: {next(iter(results)).model} on {recipe.data}"
-    save_text(recipe.folder / "table.md", f"# {title}\n\n{markdown_table(summary)}")
+    save_text(recipe.folder / "table.md", f"# {markdown_text(title)}\n\n{markdown_table(summary)}")
     plot_bars(recipe.folder / "bars.png", summary, title)
+    stop_if_heard()
     plot_curves(recipe.folder / "curves.png", results, summary, title)
-    console = Console()
-    console.print(terminal_table(summary, title))
+    stop_if_heard()
+    terminal = console()
+    terminal.print(terminal_table(summary, title))
     conclusion = recipe.conclusion(summary)
     if conclusion:
-        console.print(conclusion)
-    console.print(f"Everything is in {recipe.folder}")
+        terminal.print(conclusion)
+    terminal.print(f"Everything is in {printable(str(recipe.folder))}")

@@ -46,22 +46,21 @@ def write_origin(recipe: Recipe, command: str, processes: int) -> None:
         processes: number of ranks that train together.
 
     Raises:
-        LabError: the folder cannot be used.
+        LabError: a file cannot be written.
     """
     folder = recipe.folder
     origin = read_settings(folder / "provenance.json")
     programs = {"command": command, "versions": _versions(), "git": _commit()}
     if origin:
-        origin["continued"] = [*origin.get("continued", []), programs]
+        continued = origin.get("continued", [])
+        if not isinstance(continued, list):
+            raise LabError(f"{folder / 'provenance.json'}: damaged: its continued must be a list, got {continued}")
+        origin["continued"] = [*continued, programs]
     else:
         machine = {"system": platform.platform(), "cores": os.cpu_count(), "device": recipe.device}
         origin = {"recipe": recipe.name, "seeds": list(recipe.seed_numbers), **programs}
         origin |= {"machine": machine, "processes": processes}
     options = yaml.safe_dump(_options(recipe), sort_keys=False, allow_unicode=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LabError(f"{folder}: cannot be used for results: {error}") from None
     _write_once(folder / "config.yaml", f"# renorm run {recipe.name} --config config.yaml\n{options}")
     _write_once(folder / "command.txt", command + "\n")
     save_text(folder / "provenance.json", json.dumps(origin, indent=2) + "\n")
@@ -82,7 +81,7 @@ def _read_options(folder: Path) -> dict[str, Any]:
     origin, options = (read_settings(folder / name) for name in ("provenance.json", "config.yaml"))
     if not (origin and options):
         return read_settings(folder / "settings.json")  # of renorm 0.1
-    if "recipe" not in origin:
+    if not isinstance(origin.get("recipe"), str):
         raise LabError(f"{folder / 'provenance.json'}: damaged: it does not name the recipe")
     return {"recipe": origin["recipe"], **options}
 

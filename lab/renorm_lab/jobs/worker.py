@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import MutableSequence
 from ctypes import c_byte
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,11 @@ def start_worker(recipe: Recipe, steps_done: MutableSequence[int], stop: c_byte)
         stop: shared with the parent, not 0 once this process must stop.
     """
     global _worker
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        if not parent.is_alive():  # while this process was starting
+            os._exit(1)
+        threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     _worker = _Worker(recipe.load(), recipe, steps_done, stop)
 
@@ -72,8 +77,6 @@ def train_in_worker(run: Run, index: int) -> Result:
     return result
 
 
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()  # a killed parent cannot tell its workers to stop
-        os._exit(1)
+def _die_with(parent: BaseProcess) -> None:
+    parent.join()  # a killed parent cannot tell its workers to stop
+    os._exit(1)

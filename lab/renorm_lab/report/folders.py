@@ -72,12 +72,17 @@ def read_folder(path: Path) -> Folder:
     results = read_results(path)
     if not results:
         raise LabError(f"{path}/results.csv: no run is finished")
-    command = path / "command.txt"
     settings: dict[str, object] = {}
     for name in _SETTINGS:
         settings |= read_settings(path / name)
-    return Folder(path, settings, command.read_text(encoding="utf-8").strip() if command.is_file() else "",
-                  _versions(results), results)  # fmt: skip
+    return Folder(path, settings, _command(path / "command.txt"), _versions(results), results)
+
+
+def _command(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    except (OSError, ValueError) as error:
+        raise LabError(f"{path}: cannot be read: {error}") from None
 
 
 def _versions(results: Results) -> dict[str, str]:

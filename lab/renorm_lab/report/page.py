@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from rich.console import Console
+
+from renorm.markup import printable
 
 from ..errors import LabError
 from ..recipes import RECIPES
 from ..store import save_text
-from ..summary import markdown_lines
+from ..summary import markdown_lines, markdown_text
+from ..terminal import console
 from .claims import CLAIMS
 from .compare import LEVEL, Beside, beside, compare
 from .folders import Folder, read_folder
@@ -96,7 +98,8 @@ def report(folders: list[Path], out: Path = Path("runs/report")) -> None:
             save_text(out / name, _environment().get_template(name).render(content))
     except OSError as error:
         raise LabError(f"{out}: cannot be written: {error}") from None
-    Console().print(f"{content['tally']}\nThe report is in {out / 'report.html'}, and as report.md beside it.")
+    place = printable(str(out / "report.html"))
+    console().print(f"{content['tally']}\nThe report is in {place}, and as report.md beside it.")
 
 
 def _environment() -> Environment:
@@ -111,6 +114,7 @@ def _environment() -> Environment:
     environment.filters["markdown"] = lambda table, numbers=True: markdown_lines(
         table.header, table.rows, numbers=numbers
     )
+    environment.filters["plain"] = markdown_text
     return environment
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from textwrap import fill
@@ -13,6 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from renorm.markup import picture_text
 
 from ..results import Results
 from ..runs import CurvePoint
@@ -29,6 +33,14 @@ _GAP = 0.05  # between panels, of their width, so that numbers below one do not 
 _LABEL = 0.08  # of the axis, which a bar's number takes
 _LETTERS = 10.5  # of a title on an inch
 _NARROW, _WIDE = 26, 36  # letters of a name on a line, beside one panel and beside several
+
+
+@contextmanager
+def _without_glyphs() -> Iterator[None]:
+    """A block in which letters that the font has not are drawn as boxes, and no more is said of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        yield
 
 
 def plot_bars(path: Path, summary: Summary, title: str) -> None:
@@ -54,6 +66,7 @@ def plot_curves(path: Path, results: Results, summary: Summary, title: str) -> N
     _save_png(draw_curves(results, summary, summary.regimes, title), path)
 
 
+@_without_glyphs()
 def draw_bars(summary: Summary, regimes: Sequence[str], title: str) -> Figure:
     """Bars of some regimes.
 
@@ -82,7 +95,7 @@ def draw_bars(summary: Summary, regimes: Sequence[str], title: str) -> Figure:
                 behind = colour if mean > _LABEL * end else "white"  # or the number of a short bar looked like its end
                 axes.text(end / 100, place, f"{mean:.1f}", va="center", fontsize=8, zorder=5,
                           bbox={"facecolor": behind, "edgecolor": "none", "pad": 0.5})  # fmt: skip
-        axes.set(title=regime, xlabel=f"test {summary.score} in %", xlim=(0, end))
+        axes.set(title=picture_text(regime), xlabel=f"test {summary.score} in %", xlim=(0, end))
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
     panels[0].set_yticks(places, _wrapped(summary.methods, len(panels)))
@@ -98,6 +111,7 @@ def _end_of_axis(summary: Summary) -> float:
     return min(102.0, max([1.0, *(1.1 * (cell.mean + cell.deviation) for cell in cells)]))
 
 
+@_without_glyphs()
 def draw_curves(results: Results, summary: Summary, regimes: Sequence[str], title: str) -> Figure:
     """Curves of some regimes.
 
@@ -119,9 +133,9 @@ def draw_curves(results: Results, summary: Summary, regimes: Sequence[str], titl
             steps = [point.step for point in curves[0]]
             accuracy = 100 * np.array([[point.validation_accuracy for point in curve] for curve in curves])
             axes.plot(steps, accuracy.mean(0), color=colour, marker=marker, linestyle=line, markersize=3, linewidth=1.3,
-                      label=method)  # fmt: skip
+                      label=picture_text(method))  # fmt: skip
             axes.fill_between(steps, accuracy.min(0), accuracy.max(0), color=colour, alpha=0.12, linewidth=0)
-        axes.set(title=regime, xlabel="training step")
+        axes.set(title=picture_text(regime), xlabel="training step")
         axes.grid(alpha=0.3)
     for axes in panels[::_COLUMNS]:
         axes.set_ylabel(f"validation {summary.score} in %,\nwithout example weighing")
@@ -145,6 +159,7 @@ def curves_of(results: Results, method: str, regime: str) -> list[tuple[CurvePoi
     return [curve for curve in found if curve]
 
 
+@_without_glyphs()
 def as_svg(figure: Figure) -> str:
     """A figure as text, the same for the same figure.
 
@@ -165,7 +180,7 @@ def _panels(regimes: Sequence[str], title: str, height: float) -> tuple[Figure, 
     width = _PANEL_WIDTH * 0.85 * columns + 1 if columns > 1 else 5.2
     figure = Figure(figsize=(width, height * rows + 1), layout=ConstrainedLayoutEngine(wspace=_GAP))
     if title:
-        figure.suptitle(fill(title, round(_LETTERS * width)))
+        figure.suptitle(picture_text(fill(title, round(_LETTERS * width))))
     panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for spare in panels[len(regimes) :]:
         spare.remove()
@@ -193,8 +208,9 @@ def _add_legend(figure: Figure, title: str) -> None:
 
 
 def _wrapped(names: Sequence[str], panels: int) -> list[str]:
-    return [fill(name, _NARROW if panels == 1 else _WIDE) for name in names]
+    return [picture_text(fill(name, _NARROW if panels == 1 else _WIDE)) for name in names]
 
 
+@_without_glyphs()
 def _save_png(figure: Figure, path: Path) -> None:
     save_file(path, lambda temporary: figure.savefig(temporary, dpi=_DPI, format="png"))

@@ -159,6 +159,8 @@ def share_table(results: Results, regime: str = "") -> TextTable:
 def _mean(values: Sequence[float]) -> str:
     if not values:
         return "-"
+    if not all(map(math.isfinite, values)):  # of a network that diverged
+        return "not finite"
     mean = f"{statistics.fmean(values):.4g}"
     return f"{mean} ± {statistics.stdev(values):.2g}" if len(values) > 1 else mean
 

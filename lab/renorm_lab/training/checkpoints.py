@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
@@ -12,8 +14,11 @@ from typing import Any
 
 import torch
 
+from renorm.markup import printable
+
+from ..errors import LabError
 from ..runs import Run
-from ..store import file_stem, save_file
+from ..store import file_stem, save_file, sole_writer
 
 _KEPT = 2  # the last, and the one before in case the last is damaged
 
@@ -28,6 +33,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, run: Run) -> None:
         self._folder = folder / "checkpoints" / file_stem(run)
+
+    def sole_writer(self) -> AbstractContextManager[None]:
+        """A block in which no other process trains this run."""
+        return sole_writer(self._folder, patience=60.0)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Write a checkpoint; the one before is kept, older ones are removed.
@@ -48,26 +57,38 @@ class Checkpoints:
             old.unlink()
 
     def load(self) -> dict[str, Any] | None:
-        """Read the last checkpoint, or the one before if it is damaged, which is said.
+        """Read the last checkpoint, or the one before if it is damaged, which is said and set aside.
 
         Returns:
             Its state, on the CPU; None if there is none.
         """
         for path in self._paths():
-            data = path.read_bytes()
-            if path.stem.endswith(_digest(data)):  # torch.load alone would not notice wrong bytes in a tensor
-                state: dict[str, Any] = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
-                return state
-            print(f"renorm: warning: {path} is damaged; an earlier state is used", file=sys.stderr)
+            data = path.read_bytes() if path.is_file() else b""
+            try:
+                if path.stem.endswith(_digest(data)):  # torch.load alone would not notice wrong bytes in a tensor
+                    return dict(torch.load(BytesIO(data), map_location="cpu", weights_only=True))
+            except MemoryError:
+                raise
+            except Exception:  # torch.load may raise anything at bytes that are no checkpoint
+                pass
+            self.set_aside()
         return None
+
+    def set_aside(self) -> None:
+        """Give the last checkpoint another name, so that the one before is the last, and say so."""
+        path = self._paths()[0]
+        print(f"renorm: warning: {printable(str(path))} is damaged; an earlier state is used", file=sys.stderr)
+        aside = path.with_name(f"damaged-{path.name}")
+        try:
+            if aside.is_dir():
+                shutil.rmtree(aside)
+            path.replace(aside)
+        except OSError as error:
+            raise LabError(f"{path}: cannot be set aside: {error}") from None
 
     def remove(self) -> None:
         """Remove them all, once the run is finished."""
-        if not self._folder.is_dir():
-            return
-        for path in self._folder.iterdir():
-            path.unlink()
-        self._folder.rmdir()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _paths(self) -> list[Path]:
         return sorted(self._folder.glob("step-*.pt"), reverse=True)

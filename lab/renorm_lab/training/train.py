@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import random
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, replace
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +46,8 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, progress: Callable[[int], 
         run: the run.
         dataset: the data, on the device to train on.
         recipe: how to carry it out: device, checkpoints, logger, folder.
-        progress: called with the number of steps done after each of them; may raise to stop.
+        progress: called with the number of steps done after each of them, and after each evaluation at the end; may
+            raise to stop.
 
     Returns:
         The result.
@@ -55,11 +58,19 @@ def train(run: Run, dataset: Dataset, recipe: Recipe, progress: Callable[[int], 
     if run.precision == "64-true":
         dataset = dataset.double()
     training = Training(run, dataset, recipe)
+    with training.alone():
+        return _result(training, run, dataset, recipe, progress)
+
+
+def _result(training: Training, run: Run, dataset: Dataset, recipe: Recipe, progress: Callable[[int], None]) -> Result:
     training.finish(progress)
     model = training.trained
     if recipe.save_weights and training.fabric.is_global_zero:
         save_weights(recipe.folder, run, model)
-    validation = {alpha: evaluate(model, run, dataset, dataset.validation, alpha).accuracy for alpha in ALPHAS}
+    validation: dict[float, float] = {}
+    for weight in ALPHAS:
+        validation[weight] = evaluate(model, run, dataset, dataset.validation, weight).accuracy
+        progress(run.steps)  # or an interrupt would wait for all of them
     alpha = best_alpha(validation)
     off, on = (evaluate(model, run, dataset, dataset.test, weight) for weight in (run.example_weight, alpha))
     measured = [model, training.model]
@@ -144,6 +155,10 @@ class Training:
         """Time since the start, without that between an interruption and the same command's coming again."""
         return time.perf_counter() - self._started
 
+    def alone(self) -> AbstractContextManager[None]:
+        """A block in which no worker of a killed command, which dies a moment after it, trains the same run."""
+        return self._checkpoints.sole_writer() if self.fabric.is_global_zero else nullcontext()
+
     def finish(self, progress: Callable[[int], None]) -> None:
         """Train from the last checkpoint, or from the beginning, to the end.
 
@@ -153,10 +168,7 @@ class Training:
         Raises:
             LabError: a checkpoint cannot be written.
         """
-        state = self.fabric.broadcast(self._checkpoints.load() if self.fabric.is_global_zero else None)
-        if state is not None:
-            self._set_state(state)
-        elif self._run.pretraining_steps:
+        if not self._resumes() and self._run.pretraining_steps:
             prepare(self.model, self._run, self._dataset, lambda: progress(0))
             self._save()
         recipe, run = self._recipe, self._run
@@ -179,6 +191,26 @@ class Training:
                 if self._step % recipe.checkpoint_every == 0:
                     self._save()
                 progress(self._step)
+
+    def _resumes(self) -> bool:
+        """Whether there was a checkpoint to go on from; those that are none of this run's are set aside."""
+        first: dict[str, Any] | None = None
+        while True:
+            state = self.fabric.broadcast(self._checkpoints.load() if self.fabric.is_global_zero else None)
+            if state is None:
+                return False
+            if first is None:
+                first = copy.deepcopy(self._state())
+            try:
+                self._set_state(state)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:  # whatever torch's objects raise at a state of other keys, shapes or types
+                self._set_state(first)
+            else:
+                return True
+            if self.fabric.is_global_zero:
+                self._checkpoints.set_aside()
 
     def _observe(self, log: Log) -> None:
         run, step = self._run, self._step
@@ -219,6 +251,8 @@ class Training:
 
     def _set_state(self, state: dict[str, Any]) -> None:
         device = self.fabric.device
+        if not 0 <= state["step"] <= self._run.steps or len(state["curve"]) > _CURVE_POINTS:
+            raise ValueError("of another run")
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])

@@ -9,7 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from ..files import save_csv
-from ..markup import table
+from ..markup import picture_text, table
 from .scores import Interval
 
 if TYPE_CHECKING:
@@ -127,9 +127,8 @@ class Weighing:
         axes.fill_between(alphas, low, high, color="#0072B2", alpha=0.15, linewidth=0, label="95% interval")
         axes.plot(alphas, means, "o-", color="#0072B2", label=f"all {curve[0].examples} examples")
         axes.axvline(self.best, color="#D55E00", linestyle=":", label=f"best: {self.best:g}")
-        axes.set(
-            title="Evaluation by example weight", xlabel="example weight (alpha)", ylabel=self.metric.replace("_", "-")
-        )
+        metric = picture_text(self.metric.replace("_", "-"))
+        axes.set(title="Evaluation by example weight", xlabel="example weight (alpha)", ylabel=metric)
         axes.grid(alpha=0.3)
         axes.legend()
         return figure

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ..markup import picture_text
 from .records import LayerReport, ModeReport
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def draw(layers: Sequence[LayerReport], modes: Sequence[ModeReport]) -> Figure:
     _correction(panels[0], reached, places, "r")
     _correction(panels[1], reached, places, "d")
     _ranges(panels[2], reached, places)
-    panels[0].set_yticks(places, [layer.name or "(root)" for layer in reached], fontsize=7)
+    panels[0].set_yticks(places, [picture_text(layer.name or "(root)") for layer in reached], fontsize=7)
     panels[0].set_ylim(len(reached) - 0.4, -0.6)
     for axes in panels:
         axes.grid(axis="x", alpha=0.3)
@@ -70,7 +71,7 @@ def _scores(axes: Axes, mode: ModeReport) -> None:
                       ha="center", fontsize=8)  # fmt: skip
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.8)
-    axes.set_title(f"{mode.metric.replace('_', '-')}, with 95% interval", fontsize=10)
+    axes.set_title(f"{picture_text(mode.metric.replace('_', '-'))}, with 95% interval", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
 
 

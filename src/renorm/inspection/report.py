@@ -69,13 +69,13 @@ class Inspection:
         shown: list[Any] = []
         for header, rows in self._tables():
             grid = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-            grid.add_column(header[0], overflow="fold")
+            grid.add_column(Text(header[0]), overflow="fold")
             for name in header[1:]:
-                grid.add_column(name, justify="right", no_wrap=True)
+                grid.add_column(Text(name), justify="right", no_wrap=True)
             for row in rows:
-                grid.add_row(*row)
+                grid.add_row(*map(Text, row))  # else rich took brackets in a layer's name for markup
             shown.append(grid)
-        return Group(*shown, Text(_LEGEND, style="dim"), *(f"• {finding}" for finding in self.findings))
+        return Group(*shown, Text(_LEGEND, style="dim"), *(Text(f"• {finding}") for finding in self.findings))
 
     def _repr_html_(self) -> str:
         concerned = {_name(name) for finding in self.findings for name in finding.layers}
