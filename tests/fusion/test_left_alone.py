@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -145,3 +146,51 @@ class WithMask(nn.Module):
 
 def test_a_layer_that_is_called_with_a_mask_is_left_as_it_is() -> None:
     assert reasons(converted(WithMask(), fuse=True)[1]) == {"bn": "it is called with more than its input"}
+
+
+class WritesLater(nn.Module):
+    """Changes in place, later or between, what a fused call keeps for its gradient and separate calls do not."""
+
+    def __init__(self, act: str, what: str) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.act, self.what = act, what
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x * 1.0
+        total = self.bn(self.conv(x)) + residual
+        if self.what == "residual, between":
+            residual.mul_(0.5)
+        y: Tensor = getattr(F, self.act)(total)
+        if self.what == "residual":
+            residual.mul_(0.9)
+        elif self.what == "a view of the residual":
+            residual.view(residual.shape[0], -1).mul_(0.9)
+        elif self.what == "output":
+            y.mul_(0.9)
+        elif self.what == "a view of the output":
+            y[:, 1:].mul_(0.9)
+        return y + residual
+
+
+@pytest.mark.parametrize("what", [
+    "residual, between", "residual", "a view of the residual", "output", "a view of the output",
+])  # fmt: skip
+@pytest.mark.parametrize("act", ["silu", "gelu", "relu", "relu6", "leaky_relu"])
+def test_what_is_written_to_in_place_is_not_kept(act: str, what: str) -> None:
+    if act == "relu" and "output" in what:
+        pytest.skip("torch refuses it too")
+    torch.manual_seed(0)
+    plain = renorm.convert(WritesLater(act, what), renorm.BatchNorm)
+    fused_model = copy.deepcopy(plain)
+    reports: list[Any] = []
+    fused_model = renorm.convert(fused_model, renorm.BatchNorm, fuse=True, report=reports.append)
+    assert len(reports[0].fused) == 1
+    found = []
+    for model in (plain, fused_model):
+        x = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = model(x)
+        value = y.detach().clone()
+        y.square().sum().backward()
+        found.append([value, x.grad, *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)

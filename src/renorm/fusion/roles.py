@@ -22,6 +22,9 @@ _CLASSES: dict[type[nn.Module], str] = {
     nn.GELU: "gelu",
     nn.Hardswish: "hardswish",
 }
+_IN_PLACE_OPERATORS = frozenset(
+    {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul", "setitem"}
+)
 # The settings with which an activation is the one that layers have, in the order of its positional arguments.
 _SETTINGS: dict[str, dict[str, object]] = {"leaky_relu": {"negative_slope": 0.01}, "gelu": {"approximate": "none"}}
 
@@ -82,6 +85,31 @@ def call_activation(node: fx.Node) -> Activation | None:
     given.pop("inplace", None)
     same = all(setting in expected and value == expected[setting] for setting, value in given.items())
     return name if same else None
+
+
+def written(node: fx.Node, owner: nn.Module) -> Any:
+    """What a call writes to in place.
+
+    Args:
+        node: call in a graph.
+        owner: module whose forward it is in.
+
+    Returns:
+        The node whose memory it changes; None if there is none.
+    """
+    first = node.args[0] if node.args else None
+    if node.op == "call_module":
+        inside = owner.get_submodule(str(node.target)).modules()
+        return first if any(getattr(module, "inplace", False) for module in inside) else None
+    if node.op not in ("call_function", "call_method"):
+        return None
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", node.target))
+    is_operator = getattr(node.target, "__module__", None) == "_operator" and name in _IN_PLACE_OPERATORS
+    if is_operator or (name.endswith("_") and not name.endswith("__")):
+        return first
+    if node.kwargs.get("inplace") or True in node.args[1:]:
+        return first
+    return node.kwargs.get("out")
 
 
 def role(module: nn.Module) -> str | None:

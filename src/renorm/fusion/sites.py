@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..activation import Activation, activate
-from .roles import IDENTITY, call_activation, hooked, module_activation, role
+from ..activation import Activation, activate, is_piecewise_linear
+from .roles import IDENTITY, call_activation, hooked, module_activation, role, written
 
 _ADDS: dict[Any, bool] = {operator.add: False, torch.add: False, "add": False, operator.iadd: True, "add_": True}
+_ARITHMETIC = frozenset({operator.sub, operator.mul, operator.truediv, operator.neg, torch.sub, torch.mul, torch.cat})
 _FRESH = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
 
@@ -152,8 +154,9 @@ def find_site(norm: fx.Node, owner: nn.Module) -> Site:
             follower = _follower(site)
         except UnfusableError:
             return site
-    site.act = _activation(site, follower)
-    if site.act is not None:
+    act = _activation(site, follower)
+    if act is not None and not _changes_what_is_kept(site, follower, act):
+        site.act = act
         site.chain.append(follower)
     elif site.add is None:
         raise UnfusableError(_describe(follower, owner))
@@ -218,6 +221,46 @@ def _touches(node: fx.Node, site: Site) -> bool:
     if node.op == "get_attr":
         return str(node.target).startswith(f"{site.norm.target}.")
     return node.op == "call_module" and _module(site.norm, site.owner) in _module(node, site.owner).modules()
+
+
+def _changes_what_is_kept(site: Site, last: fx.Node, act: Activation) -> bool:
+    """Whether something writes later to what the layer keeps for an activation's gradient, and torch would not."""
+    if site.add is None or site.residual is None:
+        return False  # the gradient is computed from the layer's input
+    kept = last if is_piecewise_linear(act) else site.residual
+    family, node = _family(kept, site), site.add.next
+    while node.op != "output":
+        if node is not last and node not in site.chain and written(node, site.owner) in family:
+            return True
+        node = node.next
+    return False
+
+
+def _family(value: fx.Node, site: Site) -> set[fx.Node]:
+    """The nodes that may share memory with one."""
+    family, found = {value}, [value]
+    while found:
+        node = found.pop()
+        near = [user for user in node.users if not _is_fresh(user, site)]
+        if not _is_fresh(node, site):
+            near += node.all_input_nodes
+        for other in near:
+            if other not in family:
+                family.add(other)
+                found.append(other)
+    return family
+
+
+def _is_fresh(node: fx.Node, site: Site) -> bool:
+    """Whether a call's value is memory of its own."""
+    if node is site.add or node.op == "output":
+        return not (node is site.add and site.in_place)
+    if written(node, site.owner) is not None:
+        return False
+    if node.op == "call_module":
+        module = _module(node, site.owner)
+        return isinstance(module, (*_FRESH, _BatchNorm)) or module_activation(module) is not None
+    return node.target in _ARITHMETIC or node.target in _ADDS or call_activation(node) is not None
 
 
 def _is_call_with(node: fx.Node, value: fx.Node) -> bool:
