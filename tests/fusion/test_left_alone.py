@@ -181,10 +181,9 @@ def test_what_is_written_to_in_place_is_not_kept(act: str, what: str) -> None:
     if act == "relu" and "output" in what:
         pytest.skip("torch refuses it too")
     torch.manual_seed(0)
-    plain = renorm.convert(WritesLater(act, what), renorm.BatchNorm)
-    fused_model = copy.deepcopy(plain)
-    reports: list[Any] = []
-    fused_model = renorm.convert(fused_model, renorm.BatchNorm, fuse=True, report=reports.append)
+    model, reports = WritesLater(act, what), list[Any]()
+    plain = renorm.convert(copy.deepcopy(model), renorm.BatchNorm)
+    fused_model = renorm.convert(model, renorm.BatchNorm, fuse=True, report=reports.append)
     assert len(reports[0].fused) == 1
     found = []
     for model in (plain, fused_model):
