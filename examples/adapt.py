@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import renorm
-from common import descend, positive, replace_file, save_csv, spread
+from common import descend, picture_text, positive, replace_file, save_csv, spread
 from images import SOURCES, check_source, dataset, network, pretrain, split, transforms
 from shift import CORRUPTIONS, EVALUATED, Images, by_batch, by_itself, read
 
@@ -141,7 +141,7 @@ def run(seed: int, args: argparse.Namespace) -> Iterator[Row]:
 def draw(path: Path, rows: list[Row], title: str) -> None:
     """Draw a panel for each order: mean accuracy of each way on each stream, and its range over seeds."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(picture_text(title))
     conditions = [*CONDITIONS, CHANGING]
     width = 0.8 / len(STYLES)
     for order, axes in zip(("mixed", "sorted by class"), figure.subplots(1, 2, sharey=True), strict=True):

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from renorm.files import replace_file as replace_file
 from renorm.files import save_csv as save_csv
+from renorm.markup import picture_text as picture_text
 
 METHODS = ("renorm", "batch", "none")
 LABELS = {"renorm": "batch renorm", "batch": "batch norm", "none": "no norm"}

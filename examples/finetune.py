@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 import renorm
-from common import positive, replace_file, save_csv, spread
+from common import picture_text, positive, replace_file, save_csv, spread
 from images import (
     SOURCES,
     Loader,
@@ -145,7 +145,7 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
     """Draw a panel for each batch size: every run, and the mean of each method, example weight off and on."""
     batches = list(dict.fromkeys(row.batch for row in rows))
     figure = Figure(figsize=(3.2 * len(batches) + 1.4, 5), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(picture_text(title))
     panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
     for batch, axes in zip(batches, panels, strict=True):
         names = list(dict.fromkeys(row.method for row in rows if row.batch == batch))

@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import adjust_contrast
 
 import renorm
-from common import positive, replace_file, save_csv, spread
+from common import picture_text, positive, replace_file, save_csv, spread
 from images import SOURCES, check_source, dataset, example_weight, network, pretrain, split, transforms
 
 CORRUPTIONS: dict[str, dict[float, Callable[[Tensor], Tensor]]] = {
@@ -169,7 +169,7 @@ def read(data: Dataset[tuple[Tensor, int]], indices: list[int], number: int) -> 
 def draw(path: Path, rows: list[Row], title: str) -> None:
     """Draw a panel for each corruption: mean accuracy by severity, and a band from the smallest to the largest."""
     figure = Figure(figsize=(11, 5), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(picture_text(title))
     for corruption, axes in zip(CORRUPTIONS, figure.subplots(1, len(CORRUPTIONS), sharey=True), strict=True):
         severities = [("clean", 0.0), *((corruption, severity) for severity in CORRUPTIONS[corruption])]
         for name, (label, colour, marker, line) in STYLES.items():

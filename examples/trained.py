@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import renorm
-from common import descend, positive, replace_file, save_csv, spread
+from common import descend, picture_text, positive, replace_file, save_csv, spread
 from renorm.samplers import ClassBatchSampler, RandomBatchSampler
 
 BATCH, EVALUATED = 32, 25
@@ -155,7 +155,7 @@ def look(regime: str, seed: int, classes: int, steps: int, parts: tuple[Images, 
 def draw(path: Path, rows: list[Row], title: str) -> None:
     """The gain on validation data with its interval, and the test accuracy before and after, of every network."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(picture_text(title))
     gains, tests = figure.subplots(1, 2)
     shown = [row for row in rows if row.metric == "accuracy"]
     for place, row in enumerate(shown):

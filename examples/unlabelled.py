@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import renorm
-from common import positive, replace_file, save_csv
+from common import picture_text, positive, replace_file, save_csv
 from renorm.samplers import ClassBatchSampler
 from trained import BATCH, Images, accuracy, batches, load, network, train
 
@@ -193,7 +193,9 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
             place = j + (i - (len(WAYS) - 1) / 2) * 0.14
             axes.bar(place, mean(found), 0.13, color=colour, alpha=0.8, label=way if j == 0 else None)
             axes.plot([place] * len(found), found, "k.", markersize=3)
-    axes.set(xticks=range(len(SHARED)), xticklabels=list(SHARED), ylabel="test accuracy in %", title=title)
+    axes.set(
+        xticks=range(len(SHARED)), xticklabels=list(SHARED), ylabel="test accuracy in %", title=picture_text(title)
+    )
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=len(WAYS), fontsize=8)
     replace_file(path, partial(figure.savefig, dpi=150, format="png"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
 
-from renorm.files import replace_file, save_csv
+from renorm.files import guard_cell, replace_file, save_csv, unguard_cell
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -44,3 +45,21 @@ def test_an_error_of_another_file_stays_what_it_is(tmp_path: Path) -> None:
 def test_a_folder_is_no_file(path: str) -> None:
     with pytest.raises(IsADirectoryError, match=path):
         replace_file(path, Path.touch)
+
+
+@pytest.mark.parametrize("text", ["=cmd|' /C calc'!A0", "@SUM(1)", "+1+1", "-1-1", "\t=1", "'=1", "''", "'-", "'it",
+                                  "-", "", "-0.5", "batch norm"])  # fmt: skip
+def test_no_cell_is_a_formula_and_each_comes_back(tmp_path: Path, text: str) -> None:
+    save_csv(tmp_path / "table.csv", ["a"], [[text]])
+    with (tmp_path / "table.csv").open(newline="") as file:
+        cell = list(csv.reader(file))[1:]
+    cell = cell[0][0] if cell and cell[0] else ""
+    assert cell == guard_cell(text)
+    assert unguard_cell(cell) == text
+    assert cell[:1] not in ("=", "@", "+", "\t")
+    assert cell[:1] != "-" or text in ("-", "-0.5")
+
+
+def test_names_that_are_no_text_are_written_with_escapes(tmp_path: Path) -> None:
+    save_csv(tmp_path / "table.csv", ["a"], [["\udce9.npz"]])
+    assert (tmp_path / "table.csv").read_text() == "a\n\\udce9.npz\n"

@@ -163,7 +163,7 @@ def _value(text: str, hint: Any) -> object:
         return text
     value = number(text)
     if number is int and abs(value) > _LARGEST:
-        raise ValueError(f"{text:.20} is no number of this table")
+        raise ValueError(text[:20])
     return value
 
 

@@ -99,7 +99,7 @@ def npz_files(chance: random.Random) -> Iterator[tuple[str, bytes]]:
     n = len(arrays()["y_train"])
     headers = {
         "petabytes": "{'descr': '|u1', 'fortran_order': False, 'shape': (1125899906842624, 8, 8, 1), }",
-        "more than int64": "{'descr': '|u1', 'fortran_order': False, 'shape': (%d, %d, 8, 1), }" % (2**62, 2**62),
+        "more than int64": f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({2**62}, {2**62}, 8, 1), }}",
         "64 GB": "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000, 8, 8, 1), }",
         "negative": "{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 8, 8, 1), }",
         "two negatives": "{'descr': '|u1', 'fortran_order': False, 'shape': (-1, -8, 8, 1), }",
@@ -144,9 +144,12 @@ def npz_files(chance: random.Random) -> Iterator[tuple[str, bytes]]:
     yield "a pickle", pickle.dumps(arrays())
     yield "an array alone", _entries()["x_train.npy"]
     yield "empty", b""
-    yield "a gigabyte of zeros", _zipped(
-        _entries(x_train=_npy("{'descr': '|u1', 'fortran_order': False, 'shape': (80, 8, 8, 1), }", bytes(2**25))),
-        zipfile.ZIP_DEFLATED,
+    yield (
+        "a gigabyte of zeros",
+        _zipped(
+            _entries(x_train=_npy("{'descr': '|u1', 'fortran_order': False, 'shape': (80, 8, 8, 1), }", bytes(2**25))),
+            zipfile.ZIP_DEFLATED,
+        ),
     )
     for number in range(60):
         good = _npz_bytes({}, compressed=number % 2 == 0)

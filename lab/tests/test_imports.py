@@ -9,7 +9,7 @@ import pytest
 
 import renorm_lab
 
-PUBLIC = {"renorm", "renorm.files", "renorm.functional", "renorm.optim", "renorm.samplers"}
+PUBLIC = {"renorm", "renorm.files", "renorm.functional", "renorm.markup", "renorm.optim", "renorm.samplers"}
 SOURCE = Path(renorm_lab.__file__).parent
 
 

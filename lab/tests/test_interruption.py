@@ -6,6 +6,8 @@ import errno
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,17 @@ def test_killed_run_goes_on_to_the_same_end(recipe: NonIid, whole: Path, point: 
     assert process.exitcode == -signal.SIGKILL
     job.carry_out(recipe, "")
     assert_same(recipe.folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "folders", "kills"), [(1, 2, 4), (2, 1, 1)])
+def test_runs_killed_at_random_instants_end_as_if_they_had_not_been(
+    tmp_path: Path, workers: int, folders: int, kills: int
+):
+    options = [f"--folders={folders}", f"--kills={kills}", f"--workers={workers}", "--commands", "noniid", "microbatch"]
+    script = Path(__file__).with_name("kills.py")
+    ended = subprocess.run([sys.executable, str(script), str(tmp_path), *options], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 def stop_at(step: int, error: BaseException) -> Callable[[pytest.MonkeyPatch], None]:

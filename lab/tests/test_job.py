@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +23,12 @@ import yaml
 from renorm_lab.cli import main
 from renorm_lab.errors import LabError
 from renorm_lab.jobs import execution, job
+from renorm_lab.jobs.interrupts import hearing_interrupts
 from renorm_lab.recipes.microbatch import Microbatch
 from renorm_lab.recipes.noniid import NonIid
 from renorm_lab.recipes.workers import Workers
 from renorm_lab.runs import Result, Run
+from renorm_lab.store import sole_writer
 from renorm_lab.training.train import train
 
 from .conftest import arrays
@@ -305,3 +308,80 @@ def test_colour_images_train_a_residual_network_with_augmentation(tmp_path: Path
     job.carry_out(recipe, "")
     (row,) = rows(recipe.folder)
     assert (row["model"], row["augment"]) == ("resnet8", "True")
+
+
+class Dying:
+    """Sends a signal where an exception would be lost."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        signal.raise_signal(self.number)
+
+
+def interrupted(numbers: list[int], reached: list[int]) -> None:
+    """A block in which signals come, each in a destructor."""
+    with hearing_interrupts() as stop_if_heard:
+        for number in numbers:
+            Dying(number)
+            reached.append(number)
+        stop_if_heard()
+        reached.append(0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_no_interrupt_is_lost_in_a_destructor(number: int):
+    reached: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted([number], reached)
+    assert reached == [number]
+
+
+def test_a_second_interrupt_does_not_wait():
+    reached: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_twice(reached)
+    assert reached == [1]
+
+
+def interrupt_twice(reached: list[int]) -> None:
+    with hearing_interrupts():
+        for number in (1, 2):
+            signal.raise_signal(signal.SIGINT)
+            reached.append(number)
+
+
+def test_an_interrupt_at_the_last_moment_is_heard():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), hearing_interrupts():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_folder_is_one_process_s_alone(tmp_path: Path):
+    with sole_writer(tmp_path / "out"):
+        with pytest.raises(LabError, match="out: another process is writing to it"), sole_writer(tmp_path / "out", 0):
+            pass
+        with sole_writer(tmp_path / "other"):
+            pass
+    with sole_writer(tmp_path / "out", 0):
+        pass
+
+
+def test_workers_that_are_stopped_with_their_parent_are_no_crash(noniid: NonIid, monkeypatch: pytest.MonkeyPatch):
+    class Broken(ThreadPoolExecutor):
+        def submit(self, *_: object) -> Future:
+            future: Future = Future()
+            future.set_exception(BrokenProcessPool())
+            return future
+
+    def show(steps: object) -> None:
+        if any(shown):
+            raise KeyboardInterrupt  # as it is once the signal has come, which may be a moment later
+        shown.append(True)
+
+    shown: list[bool] = []
+    monkeypatch.setattr(execution, "ProcessPoolExecutor", lambda workers, *_: Broken(workers))
+    with pytest.raises(KeyboardInterrupt):
+        execution.run_in_processes(noniid.runs(noniid.load()), noniid, 2, lambda run, result: None, show)

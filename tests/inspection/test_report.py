@@ -102,3 +102,17 @@ def test_a_layer_that_is_not_finite_is_told_and_drawn_beside_the_others() -> Non
 def test_without_scores_the_picture_has_the_layers_only() -> None:
     found = renorm.inspect(nn.Sequential(nn.BatchNorm1d(3)), torch.randn(20, 3).split(4))
     assert [axes.get_title() for axes in found.plot().axes] == ["r", "d", "range"]
+
+
+@pytest.mark.parametrize("name", ["[b]rich[/b]", "[/b]", r"$\frac{$", "=1+1", ":smile:"])
+def test_a_layer_s_name_is_text_everywhere(name: str, tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.BatchNorm1d(4))
+    found = renorm.inspect(model, [torch.randn(8, 4) for _ in range(3)])
+    console = Console(file=io.StringIO(), width=200)
+    console.print(found)
+    assert name in console.file.getvalue()
+    found.to_csv(tmp_path / "layers.csv")
+    with (tmp_path / "layers.csv").open(newline="") as file:
+        assert list(csv.reader(file))[1][0] == ("'" if name.startswith("=") else "") + name
+    found.plot().savefig(tmp_path / "layers.svg")

@@ -42,12 +42,15 @@ def read_folder(path: Path, image_size: int) -> Dataset:
     held = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
     if held is None:
         raise LabError(f"{path}: has a train folder, but neither test nor val")
-    train, test = _found(path / "train"), _found(held)
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
+    training, testing = _found(path / "train"), _found(held)
+    if training.classes != testing.classes:
+        odd = sorted(set(training.classes) ^ set(testing.classes))
         raise LabError(f"{path}: class {odd[0]} is not in both train and {held.name}")
-    everything = _read([*train.samples, *test.samples], image_size)  # in one, so that all bad files are told together
-    parts = range(len(train)), range(len(train), len(everything))
+    everything = _read(
+        [*training.samples, *testing.samples], image_size
+    )  # in one, so that all bad files are told together
+    first = len(training.samples)
+    parts = range(first), range(first, len(everything))
     for_training, for_testing = (everything.subset(list(part)) for part in parts)
     return split_validation(for_training, for_testing, str(path))
 
@@ -96,14 +99,15 @@ def _found(path: Path) -> _Tree:
 
 
 def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Folders and what is in them, links too, but none within itself."""
-    above: dict[str, tuple[str, ...]] = {}  # real paths of a folder and of those that lead to it
+    """Folders and the names in them, also where links lead, each once."""
+    seen: set[str] = set()
     for folder, inner, names in os.walk(path, followlinks=True):
         real = os.path.realpath(folder)
-        if real in above.get(os.path.dirname(folder), ()):
+        if real in seen:
             inner.clear()
             continue
-        above[folder] = (*above.get(os.path.dirname(folder), ()), real)
+        seen.add(real)
+        inner.sort()
         yield folder, names
 
 

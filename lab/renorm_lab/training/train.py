@@ -252,7 +252,7 @@ class Training:
     def _set_state(self, state: dict[str, Any]) -> None:
         device = self.fabric.device
         if not 0 <= state["step"] <= self._run.steps or len(state["curve"]) > _CURVE_POINTS:
-            raise ValueError("of another run")
+            raise ValueError  # of another run
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
