@@ -244,6 +244,7 @@ def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
             (folder / kept).write_bytes(content)
         bad = folder / f"step-000000005-{blake2b(data or b'', digest_size=8).hexdigest()}.pt"
         bad.mkdir() if data is None else bad.write_bytes(data)
+        (folder / "step-000000001-folder.pt").mkdir()  # to be removed with those that are too old
         capsys.readouterr()
         steps: list[int] = []
         try:

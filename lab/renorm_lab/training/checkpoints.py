@@ -54,7 +54,7 @@ class Checkpoints:
         path = self._folder / f"step-{step:09d}-{_digest(data.getvalue())}.pt"
         save_file(path, lambda temporary: temporary.write_bytes(data.getbuffer()))
         for old in self._paths()[_KEPT:]:
-            old.unlink()
+            _remove(old)
 
     def load(self) -> dict[str, Any] | None:
         """Read the last checkpoint, or the one before if it is damaged, which is said and set aside.
@@ -80,8 +80,7 @@ class Checkpoints:
         print(f"renorm: warning: {printable(str(path))} is damaged; an earlier state is used", file=sys.stderr)
         aside = path.with_name(f"damaged-{path.name}")
         try:
-            if aside.is_dir():
-                shutil.rmtree(aside)
+            _remove(aside)
             path.replace(aside)
         except OSError as error:
             raise LabError(f"{path}: cannot be set aside: {error}") from None
@@ -92,6 +91,13 @@ class Checkpoints:
 
     def _paths(self) -> list[Path]:
         return sorted(self._folder.glob("step-*.pt"), reverse=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():  # which is not ours
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _with_builtin_numbers(value: Any) -> Any:
