@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import renorm
-from renorm.ops import schema
+from renorm.ops import dispatch, schema
 from renorm.samplers import ClassBatchSampler, MicrobatchSampler, RandomBatchSampler
 from renorm.selftest import selftest
 from renorm.workers import sums
@@ -120,7 +120,8 @@ def _model_and_batches() -> tuple[nn.Module, Batches]:
 
 def _forget_constants() -> None:
     schema._constant.cache_clear()
-    sums._places.cache_clear()
+    sums._known_places.cache_clear()
+    dispatch._kinds.clear()
 
 
 @pytest.mark.usefixtures("each_backend")
