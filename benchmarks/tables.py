@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Sequence
 import contenders as c
 from bars import Bar
 from csvfiles import Row
-from ratios import mean, ratios, select
+from ratios import Ratio, mean, ratios, select
 from shapes import LAYOUTS
 
 _EAGER = (c.PLAIN, c.GROUP_NORM, c.OURS)
@@ -180,7 +180,7 @@ def small_table(small: list[Row]) -> str:
             below = select(small, phase=phase, layout=rows[0]["layout"], shape=rows[0]["shape"], contender=c.BATCH_NORM)
             microseconds = f"{1e3 * float(below[0]['median_ms']):.1f}"
             lines.append([*case, microseconds, *(_number(float(row["ratio"])) for row in rows)])
-        means = [_number(mean([float(row["ratio"]) for row in rows])) for rows in ours]
+        means = [_number(mean(Ratio(float(row["ratio"]), row) for row in rows)) for rows in ours]
         lines.append([phase, "both", "geometric mean", "", *means])
     return markdown(["", "layout", "input", f"{c.BATCH_NORM}, us", *names], lines, texts=(0, 1, 2))
 
