@@ -74,3 +74,11 @@ def test_triton_knows_every_rule_and_activation() -> None:
     from renorm.ops.triton.activation import CODES
 
     assert tuple(CODES) == (None, *get_args(Activation))
+
+
+def test_kernels_of_another_version_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RENORM_CPU", raising=False)
+    other = Path(pytest.importorskip("_ctypes").__file__)  # a library that has none of ours
+    monkeypatch.setattr(backends, "library_files", lambda: [other])
+    with pytest.warns(UserWarning, match="do not load.*built from another version of renorm"):
+        assert not backends._load_cpu_kernels()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -31,6 +32,8 @@ def _load_cpu_kernels() -> bool:
     for path in library_files():
         try:
             torch.ops.load_library(path)
+            if not hasattr(ctypes.CDLL(str(path)), "renorm_step"):
+                raise OSError("they were built from another version of renorm")
         except OSError as error:
             warnings.warn(
                 "renorm runs without its C++ kernels, which do not load; `python -m renorm doctor` says what to do, "
