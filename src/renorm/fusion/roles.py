@@ -107,7 +107,7 @@ def written(node: fx.Node, owner: nn.Module) -> Any:
     is_operator = getattr(node.target, "__module__", None) == "_operator" and name in _IN_PLACE_OPERATORS
     if is_operator or (name.endswith("_") and not name.endswith("__")):
         return first
-    if node.kwargs.get("inplace") or True in node.args[1:]:
+    if node.kwargs.get("inplace") or any(arg is True for arg in node.args[1:]):  # 1.0 == True
         return first
     return node.kwargs.get("out")
 

@@ -225,8 +225,8 @@ def _touches(node: fx.Node, site: Site) -> bool:
 
 def _changes_what_is_kept(site: Site, last: fx.Node, act: Activation) -> bool:
     """Whether something writes later to what the layer keeps for an activation's gradient, and torch would not."""
-    if site.add is None or site.residual is None:
-        return False  # the gradient is computed from the layer's input
+    if site.add is None or site.residual is None or act == "relu":
+        return False  # the gradient is computed from the layer's input, or torch keeps its relu's output too
     kept = last if is_piecewise_linear(act) else site.residual
     family, node = _family(kept, site), site.add.next
     while node.op != "output":
