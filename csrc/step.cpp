@@ -1,7 +1,5 @@
 // A layer's step of eager code, past torch's dispatcher, which costs more than a small layer's kernels: plain C functions
 // on addresses, called by ops/native.py.
-#include <new>
-
 #include "dispatch.h"
 #include "entry.h"
 #include "tracking.h"

@@ -17,6 +17,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
+using renorm::named;
+using renorm::torch_threads;
 
 template <class T> constexpr ScalarType kType = ScalarType::Float;
 template <> constexpr ScalarType kType<double> = ScalarType::Double;
@@ -170,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_within(
                                   : means.data() ? renorm::Source::renorm
                                                  : renorm::Source::batch;
     renorm::run(renorm::Forward<T>{
-        renorm::torch_threads(), shape, renorm::named<renorm::Act>("act", renorm::kActNames, act), past_cache(x),
+        torch_threads(), shape, named<renorm::Act>("act", renorm::kActNames, act), past_cache(x),
         {source, weights.data(), biases.data(), means.data(), vars.data(), rs.data(), ds.data(), r_max,
          d_max, 0, eps},
         static_cast<const T*>(input.tensor.const_data_ptr()), data_of<T>(added), data_of<uint8_t>(counted),
@@ -209,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_backward(
     const Tensor dresidual = wants_residual ? empty_like(input) : empty({0}, x.scalar_type());
     const Tensor dweight = empty({shape.channels}, kType<A>), dbias = empty({shape.channels}, kType<A>);
     renorm::run(renorm::Backward<T>{
-        renorm::torch_threads(), shape, renorm::named<renorm::Act>("act", renorm::kActNames, act), past_cache(x), weights.data(),
+        torch_threads(), shape, named<renorm::Act>("act", renorm::kActNames, act), past_cache(x), weights.data(),
         static_cast<const A*>(count.const_data_ptr()),
         static_cast<const T*>(gradient.const_data_ptr()), static_cast<const T*>(input.tensor.const_data_ptr()),
         data_of<T>(added), data_of<T>(output), data_of<uint8_t>(counted), mutable_data_of<T>(dx),
@@ -237,7 +239,7 @@ Tensor evaluate(const Tensor& x, const Optional& weight, const Optional& bias, c
     const Tensor y = empty_like(input);
     std::vector<A> coefficients(renorm::Coefficients<A>::rows * shape.groups() * shape.channels);
     renorm::run(renorm::Forward<T>{
-        renorm::torch_threads(), shape, renorm::named<renorm::Act>("act", renorm::kActNames, act), past_cache(x),
+        torch_threads(), shape, named<renorm::Act>("act", renorm::kActNames, act), past_cache(x),
         {weighed ? renorm::Source::weighed : renorm::Source::running, weights.data(), biases.data(), means.data(),
          vars.data(), nullptr, nullptr, 1, 0, example_weight, eps},
         static_cast<const T*>(input.tensor.const_data_ptr()), data_of<T>(added), data_of<uint8_t>(counted),
@@ -265,7 +267,7 @@ void track_as(const Tensor& running_mean, const Tensor& running_var, const Tenso
       {mutable_data_of<A>(running_mean), mutable_data_of<A>(running_var), mutable_data_of<int64_t>(steps),
        mutable_data_of<int64_t>(skipped)},
       {means.data(), vars.data(), counts.data(), groups, channels},
-      renorm::named<renorm::Tracking>("tracking", renorm::kTrackingNames, tracking), momentum, channels_per_group, eps);
+      named<renorm::Tracking>("tracking", renorm::kTrackingNames, tracking), momentum, channels_per_group, eps);
 }
 
 void track(Tensor running_mean, Tensor running_var, Tensor steps, Tensor skipped, const Tensor& mean, const Tensor& var,

@@ -20,12 +20,10 @@ from typing import NamedTuple
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 import renorm
-from common import descend, picture_text, positive, replace_file, save_csv, spread
-from images import SOURCES, check_source, dataset, network, pretrain, split, transforms
-from shift import CORRUPTIONS, EVALUATED, Images, by_batch, by_itself, read
+from common import descend, picture_text, replace_file, save_csv, spread
+from shift import CORRUPTIONS, EVALUATED, Images, by_batch, by_itself, parsed, prepare
 
 BATCH = 32
 MOMENTUM = 0.05  # of a batch of 32; of others in proportion
@@ -100,18 +98,7 @@ def streams(images: Images, standardize: Callable[[Tensor], Tensor]) -> Iterator
 
 def run(seed: int, args: argparse.Namespace) -> Iterator[Row]:
     """Train a network, or read it, and evaluate it on every stream in every way."""
-    torch.manual_seed(seed)
-    data = dataset(args.data, "train")
-    model = network(args.model, max(data.targets) + 1, args.size)
-    data.transform, evaluation = transforms(model, args.size)
-    chosen, held_out = split(data.targets, None, seed=0)
-    pretrain(model, data, chosen, args.epochs, seed, args.weights / f"network-{seed}.pt")
-    *to_pixels, standardize = evaluation.transforms
-    data.transform = v2.Compose(to_pixels)
-    other = read(data, held_out, args.images)
-    test = dataset(args.data, "test", data.transform)
-    test = read(test, torch.randperm(len(test), generator=torch.Generator().manual_seed(0)).tolist(), args.images)
-    model = renorm.convert(model, renorm.BatchNorm)
+    model, other, test, standardize = prepare(seed, args)
     # the stream that changes has its classes in order within each quarter
     places = torch.arange(len(test.y)).chunk(4)
     in_quarters = torch.cat([part[test.y[part].argsort(stable=True)] for part in places])
@@ -178,23 +165,7 @@ def print_table(rows: list[Row]) -> None:
 
 def main() -> None:
     """Evaluate every network; files are written anew after each."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help=f"images: {SOURCES}")
-    parser.add_argument("--model", default="test_resnet", help="a network of timm with batch norm")
-    parser.add_argument(
-        "--weights", type=Path, required=True, help="folder of the trained networks; those there are used"
-    )
-    parser.add_argument("--size", type=positive, default=224, help="pixels of an image's side (default: 224)")
-    parser.add_argument("--epochs", type=positive, default=8)
-    parser.add_argument(
-        "--images", type=positive, default=2_000, help="test images, and as many for validation, at most"
-    )
-    parser.add_argument("--seeds", type=positive, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for table, picture")
-    args = parser.parse_args()
-    check_source(parser, "--data", args.data)
-    for folder in (args.out, args.weights):
-        folder.mkdir(parents=True, exist_ok=True)
+    args = parsed((__doc__ or "").splitlines()[0])
     rows: list[Row] = []
     for seed in range(args.seeds):
         rows += run(seed, args)

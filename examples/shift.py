@@ -137,8 +137,17 @@ def conditions() -> Iterator[tuple[str, float, Callable[[Tensor], Tensor]]]:
             yield name, severity, corrupt
 
 
-def run(seed: int, args: argparse.Namespace) -> Iterator[Row]:
-    """Train a network, and evaluate it under every condition in every way."""
+class Prepared(NamedTuple):
+    """A trained network with renorm's layers, and images to try it on, with values from 0 to 1."""
+
+    model: nn.Module
+    other: Images
+    test: Images
+    standardize: Callable[[Tensor], Tensor]
+
+
+def prepare(seed: int, args: argparse.Namespace) -> Prepared:
+    """Train a network, or read it, and the images that it has not seen."""
     torch.manual_seed(seed)
     data = dataset(args.data, "train")
     model = network(args.model, max(data.targets) + 1, args.size)
@@ -150,7 +159,12 @@ def run(seed: int, args: argparse.Namespace) -> Iterator[Row]:
     other = read(data, held_out, args.images)
     test = dataset(args.data, "test", data.transform)
     test = read(test, torch.randperm(len(test), generator=torch.Generator().manual_seed(0)).tolist(), args.images)
-    model = renorm.convert(model, renorm.BatchNorm)
+    return Prepared(renorm.convert(model, renorm.BatchNorm), other, test, standardize)
+
+
+def run(seed: int, args: argparse.Namespace) -> Iterator[Row]:
+    """Train a network, and evaluate it under every condition in every way."""
+    model, other, test, standardize = prepare(seed, args)
     weighed = copy.deepcopy(model)
     renorm.weigh(weighed, Images(standardize(other.x), other.y).batches())
     for corruption, severity, corrupt in conditions():
@@ -205,9 +219,9 @@ def print_table(rows: list[Row]) -> None:
         print(f"{method:24}" + "".join(f"{cell:>15}" for cell in cells))
 
 
-def main() -> None:
-    """Train and evaluate with every seed; files are written anew after each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parsed(description: str) -> argparse.Namespace:
+    """The options of an example of trained networks and images unlike those of the training; folders are made."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, required=True, help=f"images: {SOURCES}")
     parser.add_argument("--model", default="test_resnet", help="a network of timm with batch norm")
     parser.add_argument(
@@ -224,6 +238,12 @@ def main() -> None:
     check_source(parser, "--data", args.data)
     for folder in (args.out, args.weights):
         folder.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def main() -> None:
+    """Train and evaluate with every seed; files are written anew after each."""
+    args = parsed(__doc__.splitlines()[0])
     rows: list[Row] = []
     for seed in range(args.seeds):
         for row in run(seed, args):

@@ -168,8 +168,8 @@ class Norm(State):
             raise ValueError(f"act must be None for a layer that has act={own!r} of its own, got {act!r}")
         # from the dict, since every attribute of a module that is a parameter costs half a microsecond
         parameters: dict[str, Any] = self._parameters
-        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401  # asks in vain
-        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401  # get() would ask for both
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401  # as above
         return self._finish(self._normalize(Inputs(input, weight, bias, mask, residual), act or own))
 
     def _traced(self, input: Proxy, options: dict[str, Any]) -> Tensor:

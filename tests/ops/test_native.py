@@ -130,6 +130,12 @@ def test_what_a_hook_saves_in_another_layout_is_read_right(steps: list[str]) -> 
         torch.testing.assert_close(ours, other)
 
 
+def test_views_that_say_the_negative_of_their_memory_are_read_so() -> None:
+    layer, other = renorm.BatchNorm1d(3, act="relu"), torch.nn.BatchNorm1d(3)
+    x, residual = (torch._neg_view(torch.randn(8, 3)) for _ in range(2))
+    torch.testing.assert_close(layer(x, residual=residual), torch.relu(other(x) + residual))
+
+
 def test_mkldnn_trains_as_nn_batch_norm_does() -> None:
     layer, other, x = renorm.BatchNorm2d(3), torch.nn.BatchNorm2d(3), torch.randn(4, 3, 5, 2)
     y = layer(x.to_mkldnn())

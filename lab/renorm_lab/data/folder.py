@@ -46,9 +46,8 @@ def read_folder(path: Path, image_size: int) -> Dataset:
     if training.classes != testing.classes:
         odd = sorted(set(training.classes) ^ set(testing.classes))
         raise LabError(f"{path}: class {odd[0]} is not in both train and {held.name}")
-    everything = _read(
-        [*training.samples, *testing.samples], image_size
-    )  # in one, so that all bad files are told together
+    # in one, so that all bad files are told together
+    everything = _read([*training.samples, *testing.samples], image_size)
     first = len(training.samples)
     parts = range(first), range(first, len(everything))
     for_training, for_testing = (everything.subset(list(part)) for part in parts)

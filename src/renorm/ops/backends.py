@@ -80,7 +80,7 @@ class Kernels(NamedTuple):
     Args:
         are_there: whether they can be called, asked once.
         module: where they are, if they are in Python; see `schema.implement`.
-        steps: module with `plan_of_step`, for a layer's training step past torch's dispatcher; None if there is none.
+        steps: module with `kind_of_step`, for a layer's training step past torch's dispatcher; None if there is none.
     """
 
     are_there: Callable[[], bool]

@@ -37,7 +37,7 @@ def compose(
         # as the kernels, which round once: rounding in between would change slopes where they jump
         x, residual = x.to(wide), None if residual is None else residual.to(wide)
     y, mean, var, count, *_ = _ByTorch.apply(x, weight, bias, mask, correction, settings, implementation)
-    y = finish(y, inputs._replace(residual=residual), settings._replace(act=None))
+    y = _added(y, mask, residual)
     if residual is not None and act is not None and is_piecewise_linear(act):
         y = y.to(narrow)  # these have kept their output, and take the slope from it
     return activate(y, act).to(narrow), Moments(mean, var, count)
@@ -63,11 +63,13 @@ def finish(y: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     Returns:
         The output, dtype of y, 0 where masked.
     """
-    mask, residual = inputs.mask, inputs.residual
-    if residual is not None:
-        residual = residual if mask is None else residual.where(mask.unsqueeze(1), 0)
-        y = (y + residual).to(y.dtype)
-    return activate(y, settings.act)
+    return activate(_added(y, inputs.mask, inputs.residual), settings.act)
+
+
+def _added(y: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+    if residual is None:
+        return y
+    return (y + (residual if mask is None else residual.where(mask.unsqueeze(1), 0))).to(y.dtype)
 
 
 class _ByTorch(torch.autograd.Function):

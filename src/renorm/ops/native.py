@@ -54,8 +54,8 @@ class Kind:
         examples, channels, *positions = x.shape
         grouping, eps, act = settings
         is_last = x.movedim(1, -1).is_contiguous()  # of (N, C) both layouts are the same, and columns the better view
-        self.is_dense = is_last or x.is_contiguous()
-        self.strides = (x if self.is_dense else torch.empty_like(x, memory_format=torch.contiguous_format)).stride()
+        is_dense = is_last or x.is_contiguous()
+        self.strides = (x if is_dense else torch.empty_like(x, memory_format=torch.contiguous_format)).stride()
         self.wide = accumulation_dtype(x.dtype)
         self.groups, self.channels = sum(number for number, _ in grouping.parts(examples)), channels
         # made like these, which takes less time than from sizes
@@ -88,8 +88,7 @@ class Kind:
         """The output, the buffer of what is kept, and itself as the plan; the running statistics move, in place."""
         x, weight, bias, mask, residual = inputs
         mean, var, steps, skipped = state
-        if not self.is_dense:
-            x = self._dense(x)
+        x = self._dense(x)
         if residual is not None:
             residual = self._dense(residual)
         weight, bias, mask = self._vector(weight), self._vector(bias), _contiguous(mask)
@@ -134,8 +133,8 @@ class Kind:
         return kept[2 * self.groups * self.channels + self.groups :].view(-1, self.groups, self.channels)
 
     def _dense(self, tensor: Tensor) -> Tensor:
-        """A tensor of x's shape in the layout that the plan is for."""
-        if tensor.stride() == self.strides:
+        """A tensor of x's shape in the layout that the plan is for, its memory being what it says."""
+        if tensor.stride() == self.strides and not tensor.is_neg():
             return tensor
         return tensor.new_empty_strided(tensor.shape, self.strides).copy_(tensor)
 
