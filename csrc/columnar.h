@@ -7,7 +7,8 @@ namespace renorm {
 namespace RENORM_ISA {
 
 struct Region {
-  static constexpr int64_t kBlockElements = 32768, kMostRows = 128, kLeastRows = 32, kMostSegments = 64;
+  static constexpr int64_t kBlockRows = 128;  // of which float holds the sums well
+  static constexpr int64_t kMostSegments = 64, kEvenly = 4;
   int64_t offset, rows, stride, width, leftover;  // a last, shorter row has `leftover` columns
   int64_t first_channel, channels;
   bool cyclic;        // whether column j is channel j % channels, or channel j / (columns per channel)
@@ -17,14 +18,12 @@ struct Region {
   int64_t channel_of(int64_t column) const {
     return cyclic ? column % channels : column / columns_per_channel();
   }
-  int64_t block_rows() const {
-    const int64_t fitting = kBlockElements / width;
-    return fitting < kLeastRows ? kLeastRows : fitting > kMostRows ? kMostRows : fitting;
-  }
-  // What one thread takes: a block, or several where there would be too many segments to merge.
+  // What one thread takes: a block or several, so many that few threads share them evenly, and few to merge.
   int64_t segment_rows() const {
-    const int64_t blocks = (rows + block_rows() - 1) / block_rows();
-    return block_rows() * ((blocks + kMostSegments - 1) / kMostSegments);
+    const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+    const int64_t even = blocks < 2 ? 1 : (blocks + kEvenly - 1) / kEvenly * kEvenly;
+    const int64_t count = even < kMostSegments ? even : kMostSegments, least = (rows + count - 1) / count;
+    return (least + kEvenly - 1) / kEvenly * kEvenly;
   }
   int64_t segments() const { return rows ? (rows + segment_rows() - 1) / segment_rows() : 0; }
   int64_t segment_end(int64_t segment) const {
@@ -33,6 +32,12 @@ struct Region {
   }
   int64_t elements() const { return rows * width + leftover; }
 };
+
+// How far ahead of a row the data are fetched, beyond a page or two: some rows.
+inline int64_t fetched_ahead(int64_t stride) {
+  constexpr int64_t kFarEnough = 2048;
+  return stride >= kFarEnough ? stride : kFarEnough / stride * stride;
+}
 
 inline int64_t positions_per_row(const Shape& shape, bool masked) {
   constexpr int64_t kWide = 256;
@@ -58,13 +63,12 @@ inline Region rows_of_examples(const Shape& shape, int64_t g, int64_t panel) {
 
 template <int N> struct Rows { static constexpr int count = N; };
 
-// Calls body(row, rows) for the rows of a block: eight at a time where there is no mask, else one by one.
-template <bool MASKED, class F>
+// Calls body(row, rows) for the rows of a block: MANY at a time where there is no mask, else one by one.
+template <bool MASKED, int MANY, class F>
 RENORM_INLINE int64_t for_rows(const uint8_t* mask, int64_t begin, int64_t end, F&& body) {
-  constexpr int kMany = 8;
   int64_t row = begin, counted = 0;
   if constexpr (!MASKED)
-    for (; row + kMany <= end; row += kMany, counted += kMany) body(row, Rows<kMany>{});
+    for (; row + MANY <= end; row += MANY, counted += MANY) body(row, Rows<MANY>{});
   for (; row < end; ++row) {
     if (MASKED && !mask[row]) continue;
     body(row, Rows<1>{});
@@ -105,13 +109,15 @@ struct Columns {
     A *to_sums = sums.data, *to_squares = squares.data;
     const A* shifts = shift.data;
     for (int64_t j = 0; j < width; ++j) to_sums[j] = to_squares[j] = 0;
-    return for_rows<MASKED>(mask, begin, end, [&](int64_t row, auto rows) RENORM_LAMBDA {
+    return for_rows<MASKED, 4>(mask, begin, end, [&](int64_t row, auto rows) RENORM_LAMBDA {
       const T* from = x + row * stride;
+      const int64_t ahead = problem.past_cache ? fetched_ahead(rows.count * stride) : 0;
       for_run<A>(width, 0, [&](int64_t i, auto lanes) RENORM_LAMBDA {
         const Vector<A> by = lanes.load(shifts + i);
         Vector<A> total{}, square{};
         for (int r = 0; r < rows.count; ++r) {
           const Vector<A> value = lanes.load(from + r * stride + i) - by;
+          if (ahead) fetch(from + r * stride + i + ahead);
           total += value;
           square += value * value;
         }
@@ -179,7 +185,7 @@ void region_moments(const Forward<T>& problem, const Parallel& parallel, const R
   Buffer<int64_t> counts(segments + 1);
   for_pieces(parallel, segments, region.elements(), [&](int64_t segment) {
     Columns<T, MASKED> moments(problem, region, columns.data + segment * 2 * width);
-    const int64_t begin = segment * region.segment_rows(), end = region.segment_end(segment), size = region.block_rows();
+    const int64_t begin = segment * region.segment_rows(), end = region.segment_end(segment), size = Region::kBlockRows;
     moments.start(begin, end);
     for (int64_t row = begin; row < end; row += size) moments.add(row, row + size < end ? row + size : end);
     counts[segment] = moments.count;
@@ -229,14 +235,18 @@ struct SpreadAffine {
   Affine<A, Each> affine() const { return {{center.values}, {scale.values}, {offset.values}}; }
 };
 
-// body(offset of the row, columns, row) for every row of the region
+// body(offset, column, columns, row) for every row of the region; of wide ones in parts, whose coefficients stay in the
+// first-level cache.
 template <class F>
 RENORM_INLINE void for_all_rows(const Parallel& parallel, const Region& region, F&& body) {
-  if (region.leftover) body(region.offset + region.rows * region.stride, region.leftover, region.rows);
+  if (region.leftover) body(region.offset + region.rows * region.stride, 0, region.leftover, region.rows);
   for_pieces(parallel, region.segments(), region.elements(), [&](int64_t segment) {
     const int64_t end = region.segment_end(segment);
-    for (int64_t row = segment * region.segment_rows(); row < end; ++row)
-      body(region.offset + row * region.stride, region.width, row);
+    for (int64_t column = 0; column < region.width; column += kLongRun) {
+      const int64_t rest = region.width - column, columns = rest < kLongRun ? rest : kLongRun;
+      for (int64_t row = segment * region.segment_rows(); row < end; ++row)
+        body(region.offset + row * region.stride + column, column, columns, row);
+    }
   });
 }
 
@@ -246,12 +256,13 @@ void apply_region(const Forward<T>& problem, const Parallel& parallel, const Reg
   const SpreadAffine<A> spread(problem.coefficients, region, g * problem.shape.channels + region.first_channel);
   const Affine<A, Each> affine = spread.affine();
   const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
-  for_all_rows(parallel, region, [&](int64_t at, int64_t width, int64_t row) RENORM_LAMBDA {
+  const int64_t ahead = problem.past_cache ? fetched_ahead(region.stride) : 0;
+  for_all_rows(parallel, region, [&](int64_t at, int64_t column, int64_t columns, int64_t row) RENORM_LAMBDA {
     if (MASKED && !mask[row]) {
-      __builtin_memset(problem.y + at, 0, width * sizeof(T));
+      __builtin_memset(problem.y + at, 0, columns * sizeof(T));
       return;
     }
-    apply_run<T, ACT, false>(problem, at, 0, width, affine);
+    apply_run<T, ACT, false>(problem, at, 0, columns, affine.from(column), ahead);
   });
 }
 
@@ -275,12 +286,19 @@ void add_block(const Backward<T>& problem, const Region& region, int64_t begin, 
   const int64_t stride = region.stride;
   A *gradient = scratch, *centered = scratch + region.width, *product = scratch + 2 * region.width;
   const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
-  for_rows<MASKED>(mask, begin, end, [&](int64_t row, auto rows) RENORM_LAMBDA {
+  for_rows<MASKED, 2>(mask, begin, end, [&](int64_t row, auto rows) RENORM_LAMBDA {
     const Streams<T, ACT, false> streams(problem, region.offset + row * stride, 0);
+    const int64_t ahead = problem.past_cache ? fetched_ahead(rows.count * stride) : 0;
     for_run<A>(width, 0, [&](int64_t i, auto lanes) RENORM_LAMBDA {
+      const AffineAt<A> by = affine.at(i, lanes);
       Vector<A> sum[3] = {};
       for (int r = 0; r < rows.count; ++r) {
-        const Pair<A> pair = streams.pair_at(r * stride + i, i, lanes, affine);
+        const int64_t at = r * stride + i;
+        const Pair<A> pair = streams.pair_at(at, lanes, by);
+        if (ahead) {
+          fetch(streams.x + at + ahead);
+          fetch(streams.dy + at + ahead);
+        }
         sum[0] += pair.gradient;
         sum[1] += pair.centered;
         sum[2] += pair.gradient * pair.centered;
@@ -301,7 +319,7 @@ void region_sums(const Backward<T>& problem, const Parallel& parallel, const Reg
   for (int64_t j = 0; j < pieces * 3 * width; ++j) columns[j] = 0;
   for_pieces(parallel, segments, region.elements(), [&](int64_t segment) {
     Buffer<Accumulation<T>> scratch(3 * width);
-    const int64_t end = region.segment_end(segment), size = region.block_rows();
+    const int64_t end = region.segment_end(segment), size = Region::kBlockRows;
     for (int64_t row = segment * region.segment_rows(); row < end; row += size)
       add_block<T, ACT, MASKED>(problem, region, row, row + size < end ? row + size : end, affine, width, scratch.data,
                                 columns.data + segment * 3 * width);
@@ -344,13 +362,14 @@ void backward_region(const Backward<T>& problem, const Parallel& parallel, int64
       constant(region, rows.data + 2 * count);
   const SlopesOf<A, Each> slope{{gradient.values}, {centered.values}, {constant.values}};
   const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
-  for_all_rows(parallel, region, [&](int64_t at, int64_t width, int64_t row) RENORM_LAMBDA {
+  const int64_t ahead = problem.past_cache ? fetched_ahead(region.stride) : 0;
+  for_all_rows(parallel, region, [&](int64_t at, int64_t column, int64_t columns, int64_t row) RENORM_LAMBDA {
     if (MASKED && !mask[row]) {
-      __builtin_memset(problem.dx + at, 0, width * sizeof(T));
-      if (problem.dresidual) __builtin_memset(problem.dresidual + at, 0, width * sizeof(T));
+      __builtin_memset(problem.dx + at, 0, columns * sizeof(T));
+      if (problem.dresidual) __builtin_memset(problem.dresidual + at, 0, columns * sizeof(T));
       return;
     }
-    differentiate_run<T, ACT, false>(problem, at, 0, width, affine, slope);
+    differentiate_run<T, ACT, false>(problem, at, 0, columns, affine.from(column), slope.from(column), ahead);
   });
 }
 

@@ -14,18 +14,27 @@ template <class A>
 struct Each {
   const A* values;
   template <class L> RENORM_INLINE Vector<A> at(int64_t i, const L& lanes) const { return lanes.load(values + i); }
+  Each from(int64_t i) const { return {values + i}; }
 };
 
+template <class A>
+struct AffineAt {
+  Vector<A> center, scale, offset;
+};
 template <class A, template <class> class C>
 struct Affine {
   C<A> center, scale, offset;
+  template <class L> RENORM_INLINE AffineAt<A> at(int64_t i, const L& lanes) const {
+    return {center.at(i, lanes), scale.at(i, lanes), offset.at(i, lanes)};
+  }
+  Affine from(int64_t i) const { return {center.from(i), scale.from(i), offset.from(i)}; }
 };
 
 inline bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % RENORM_VECTOR_BYTES == 0; }
 
-// What is read next is fetched into the second-level cache, since only runs in order are foreseen by the hardware.
+// What is read next is fetched, since only runs in order, and within a page, are foreseen by the hardware.
 template <class T>
-RENORM_INLINE void fetch(const T* from) { __builtin_prefetch(from, 0, 2); }
+RENORM_INLINE void fetch(const T* from) { __builtin_prefetch(from); }
 
 constexpr int64_t kLongRun = 1024;  // elements side by side, of which the first and the last cost little
 
@@ -39,11 +48,11 @@ inline int64_t panels(const Shape& shape) {
   return (shape.channels + width - 1) / width;
 }
 
-// Whether a run of outputs is written past the cache: where it is long, or shares no line with the next run.
+// Whether a run of outputs is written past the cache: only whole lines, as parts of one would wait for each other.
 template <class T>
 RENORM_INLINE bool passes_cache(bool wanted, const T* to, int64_t at, int64_t length) {
   constexpr int64_t kLine = kLanes<Accumulation<T>>;
-  return wanted && is_aligned(to) && (length >= kLongRun || (at | length) % kLine == 0);
+  return wanted && is_aligned(to) && (at | length) % kLine == 0;
 }
 
 // y = act((x - center) * scale + offset + residual), 0 where the mask is false; and fetches what lies `ahead`
@@ -57,8 +66,9 @@ RENORM_INLINE void apply_run(const Forward<T>& problem, int64_t at, int64_t mask
   T* y = problem.y + at;
   const bool past_cache = passes_cache(problem.past_cache, problem.y, at, length);
   for_run<A>(length, before_aligned<A>(at), [&](int64_t i, auto lanes) RENORM_LAMBDA {
-    Vector<A> z = (lanes.load(x + i) - affine.center.at(i, lanes)) * affine.scale.at(i, lanes);
-    z += affine.offset.at(i, lanes);
+    const AffineAt<A> by = affine.at(i, lanes);
+    Vector<A> z = (lanes.load(x + i) - by.center) * by.scale;
+    z += by.offset;
     if (residual) z += lanes.load(residual + i);
     z = activate<A>(act.get(), z);
     if constexpr (MASKED) z = lanes.load_mask(mask + i) ? z : Vector<A>{};
@@ -87,22 +97,17 @@ struct Streams {
         residual(problem.residual ? problem.residual + at : nullptr),
         mask(MASKED ? problem.mask + mask_at : nullptr), act(problem.act) {}
 
-  template <template <class> class C, class L>
-  RENORM_INLINE Pair<A> pair_at(int64_t i, const L& lanes, const Affine<A, C>& affine) const {
-    return pair_at(i, i, lanes, affine);
-  }
-
-  // Element i, by the coefficients of column j.
-  template <template <class> class C, class L>
-  RENORM_INLINE Pair<A> pair_at(int64_t i, int64_t j, const L& lanes, const Affine<A, C>& affine) const {
-    Vector<A> g = lanes.load(dy + i), centered = lanes.load(x + i) - affine.center.at(j, lanes);
+  template <class L>
+  RENORM_INLINE Pair<A> pair_at(int64_t i, const L& lanes, const AffineAt<A>& by) const {
+    Vector<A> g = lanes.load(dy + i), centered = lanes.load(x + i) - by.center;
     if constexpr (!ACT::is_none) {
+      loaded(g);
       Vector<A> z;
       if (y) {
         z = lanes.load(y + i);
       } else {
-        z = centered * affine.scale.at(j, lanes);
-        z += affine.offset.at(j, lanes);
+        z = centered * by.scale;
+        z += by.offset;
         if (residual) z += lanes.load(residual + i);
       }
       g = backpropagate<A>(act.get(), g, z);
@@ -119,6 +124,7 @@ struct Streams {
 template <class A, template <class> class C>
 struct SlopesOf {
   C<A> gradient, centered, constant;
+  SlopesOf from(int64_t i) const { return {gradient.from(i), centered.from(i), constant.from(i)}; }
 };
 
 // dx = g * slopes.gradient + (x - center) * slopes.centered + slopes.constant, and dresidual = g
@@ -131,7 +137,7 @@ RENORM_INLINE void differentiate_run(const Backward<T>& problem, int64_t at, int
   T *dx = problem.dx + at, *dresidual = problem.dresidual ? problem.dresidual + at : nullptr;
   const bool past_cache = passes_cache(problem.past_cache, problem.dx, at, length);
   for_run<A>(length, before_aligned<A>(at), [&](int64_t i, auto lanes) RENORM_LAMBDA {
-    const Pair<A> pair = streams.pair_at(i, lanes, affine);
+    const Pair<A> pair = streams.pair_at(i, lanes, affine.at(i, lanes));
     Vector<A> value = pair.centered * slopes.centered.at(i, lanes) + slopes.constant.at(i, lanes);
     value += pair.gradient * slopes.gradient.at(i, lanes);
     if constexpr (MASKED) value = lanes.load_mask(streams.mask + i) ? value : Vector<A>{};

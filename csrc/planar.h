@@ -220,7 +220,7 @@ void sums_of_piece(const Backward<T>& problem, const Unit& unit, int64_t index, 
     const Streams<T, ACT, MASKED> streams(problem, at, mask_at);
     Vector<A> sums[2][3] = {};
     reduce_run<3, A>(piece.length, before_aligned<A>(at), sums, [&](int64_t i, auto lanes, Vector<A>(&sum)[3]) RENORM_LAMBDA {
-      const Pair<A> pair = streams.pair_at(i, lanes, affine);
+      const Pair<A> pair = streams.pair_at(i, lanes, affine.at(i, lanes));
       const Vector<A> gradient = lanes.own(pair.gradient), centered = lanes.own(pair.centered);
       sum[0] += gradient;
       sum[1] += centered;
