@@ -66,11 +66,14 @@ def kernels() -> dict[str, Any]:
         # One build for every torch from 2.10 on, and every Python: it uses neither Python nor torch's C++ interface.
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         extra_link_args=["-s"] if sys.platform == "linux" else [],
-        # -fwrapv, which Python's own flags bring, makes GCC 12 crash.
+        # -fwrapv, which Python's own flags bring, makes GCC 12 crash. Without errno and traps, roots and comparisons
+        # become vectors; no result changes.
         extra_compile_args=[
             "-O3",
             "-g0",
             "-fno-wrapv",
+            "-fno-math-errno",
+            "-fno-trapping-math",
             "-std=c++17",
             "-fvisibility=hidden",
             "-Wno-psabi",

@@ -15,8 +15,19 @@ struct Region {
   int64_t mask_offset;
 
   int64_t columns_per_channel() const { return width / channels; }
-  int64_t channel_of(int64_t column) const {
-    return cyclic ? column % channels : column / columns_per_channel();
+  // Sums the columns of each channel, in place.
+  void sum_columns(double* row) const {
+    const int64_t columns = columns_per_channel();
+    if (cyclic) {
+      for (int64_t i = 1; i < columns; ++i)
+        for (int64_t c = 0; c < channels; ++c) row[c] += row[i * channels + c];
+      return;
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      double total = 0;
+      for (int64_t i = 0; i < columns; ++i) total += row[c * columns + i];
+      row[c] = total;
+    }
   }
   // What one thread takes: a block or several, so many that few threads share them evenly, and few to merge.
   int64_t segment_rows() const {
@@ -83,22 +94,23 @@ struct Columns {
   using A = Accumulation<T>;
   const Forward<T>& problem;
   const Region& region;
-  double *mean, *m2;  // of what was added
-  int64_t count = 0;
+  Moments& moments;  // of what was added
   Buffer<A> shift, sums, squares;
 
-  Columns(const Forward<T>& problem, const Region& region, double* moments)
-      : problem(problem), region(region), mean(moments), m2(moments + region.width), shift(region.width),
-        sums(region.width), squares(region.width) {
-    for (int64_t j = 0; j < 2 * region.width; ++j) moments[j] = 0;
+  Columns(const Forward<T>& problem, const Region& region, Moments& moments)
+      : problem(problem), region(region), moments(moments), shift(region.width), sums(region.width),
+        squares(region.width) {
+    for (int64_t j = 0; j < region.width; ++j) moments.mean[j] = moments.m2[j] = 0;
   }
 
-  // Shifts by the mean of the first rows.
+  // Shifts by the first row that counts.
   void start(int64_t begin, int64_t end) {
-    constexpr int64_t kSample = 8;
-    for (int64_t j = 0; j < region.width; ++j) shift[j] = 0;
-    const int64_t counted = sum(begin, begin + kSample < end ? begin + kSample : end);
-    for (int64_t j = 0; counted && j < region.width; ++j) shift[j] = sums[j] / A(counted);
+    if constexpr (MASKED)
+      while (begin < end && !problem.mask[region.mask_offset + begin]) ++begin;
+    const T* from = problem.x + region.offset + begin * region.stride;
+    for_run<A>(begin < end ? region.width : 0, 0, [&](int64_t i, auto lanes) RENORM_LAMBDA {
+      lanes.store(shift.data + i, lanes.load(from + i));
+    });
   }
 
   // Sums over rows, and how many of them counted.
@@ -143,69 +155,75 @@ struct Columns {
     const int64_t counted = sum(begin, end);
     if (counted == 0) return;
     if (strayed(counted)) sum(begin, end);
-    const double each = 1.0 / counted, share = double(counted) / double(count + counted), before = double(count);
+    const double before = moments.count, each = 1.0 / counted, share = counted / (before + counted);
     for (int64_t j = 0; j < region.width; ++j) {
-      const double drift = sums[j] * each, delta = shift[j] + drift - mean[j];
-      m2[j] += squares[j] - sums[j] * drift + delta * delta * before * share;
-      mean[j] += delta * share;
-      shift[j] = A(mean[j]);
+      const double drift = sums[j] * each, delta = shift[j] + drift - moments.mean[j];
+      moments.m2[j] += squares[j] - sums[j] * drift + delta * delta * before * share;
+      moments.mean[j] += delta * share;
+      shift[j] = A(moments.mean[j]);
     }
-    count += counted;
+    moments.count += counted;
   }
 };
 
-// The moments of the region's channels from those of its columns, which all have the same count.
+// The moments of the region's channels, in the place of those of its columns, which all have the same count.
 template <class T>
-void merge_columns(const Forward<T>& problem, const Region& region, const double* mean, const double* m2,
-                   int64_t count, Moments* channels) {
-  const int64_t columns = region.columns_per_channel();
-  const int64_t step = region.cyclic ? region.channels : 1, apart = region.cyclic ? 1 : columns;
-  const double each = 1.0 / columns;
-  for (int64_t c = 0; c < region.channels; ++c) {
-    const double *means = mean + c * apart, *m2s = m2 + c * apart;
-    Moments total{0, 0, double(count * columns)};
-    for (int64_t i = 0; i < columns; ++i) total.mean += means[i * step] * each;
-    for (int64_t i = 0; i < columns; ++i) {
-      const double delta = means[i * step] - total.mean;
-      total.m2 += m2s[i * step] + count * delta * delta;
-    }
-    channels[c] = total;
+void merge_columns(const Forward<T>& problem, const Region& region, Moments& moments) {
+  const int64_t columns = region.columns_per_channel(), channels = region.channels;
+  if (columns > 1) {
+    const int64_t step = region.cyclic ? channels : 1, apart = region.cyclic ? 1 : columns;
+    Buffer<double> means(region.width);
+    __builtin_memcpy(means.data, moments.mean, region.width * sizeof(double));
+    region.sum_columns(moments.mean);
+    for (int64_t c = 0; c < channels; ++c) moments.mean[c] /= double(columns);
+    for (int64_t i = 0; i < columns; ++i)
+      for (int64_t c = 0; c < channels; ++c) {
+        const double delta = means[c * apart + i * step] - moments.mean[c];
+        moments.m2[c * apart + i * step] += moments.count * delta * delta;
+      }
+    region.sum_columns(moments.m2);
+    moments.count *= double(columns);
   }
-  Buffer<Accumulation<T>> last(region.leftover + kFloats);
-  for_run<Accumulation<T>>(region.leftover, 0, [&](int64_t i, auto lanes) RENORM_LAMBDA {
+  using A = Accumulation<T>;
+  Buffer<A> last(region.leftover + kFloats);
+  for_run<A>(region.leftover, 0, [&](int64_t i, auto lanes) RENORM_LAMBDA {
     lanes.store(last.data + i, lanes.load(problem.x + region.offset + region.rows * region.stride + i));
   });
-  for (int64_t j = 0; j < region.leftover; ++j) channels[j % region.channels].merge(last[j], 0, 1);
+  Buffer<double> values(2 * channels);
+  for (int64_t begin = 0; begin < region.leftover; begin += channels) {
+    for (int64_t c = 0; c < channels; ++c) values[c] = last[begin + c];
+    for (int64_t c = 0; c < channels; ++c) values[channels + c] = 0;
+    moments.merge({values.data, values.data + channels, 1}, channels);
+  }
 }
 
+// The moments of the region's channels, in the buffer of two rows that is given.
 template <class T, bool MASKED>
-void region_moments(const Forward<T>& problem, const Parallel& parallel, const Region& region, Moments* channels) {
+Moments region_moments(const Forward<T>& problem, const Parallel& parallel, const Region& region, double* rows) {
   const int64_t width = region.width, segments = region.segments();
-  Buffer<double> columns((segments + 1) * 2 * width);
-  Buffer<int64_t> counts(segments + 1);
+  Buffer<double> others((segments < 2 ? 0 : segments - 1) * 2 * width), counts(segments + 1);
+  const auto moments_of = [&](int64_t segment) {
+    double* mean = segment == 0 ? rows : others.data + 2 * (segment - 1) * width;
+    return Moments{mean, mean + width, counts[segment]};
+  };
   for_pieces(parallel, segments, region.elements(), [&](int64_t segment) {
-    Columns<T, MASKED> moments(problem, region, columns.data + segment * 2 * width);
+    counts[segment] = 0;
+    Moments moments = moments_of(segment);
+    Columns<T, MASKED> columns(problem, region, moments);
     const int64_t begin = segment * region.segment_rows(), end = region.segment_end(segment), size = Region::kBlockRows;
-    moments.start(begin, end);
-    for (int64_t row = begin; row < end; row += size) moments.add(row, row + size < end ? row + size : end);
+    columns.start(begin, end);
+    for (int64_t row = begin; row < end; row += size) columns.add(row, row + size < end ? row + size : end);
     counts[segment] = moments.count;
   });
-  double *mean = columns.data, *m2 = mean + width;
-  int64_t count = segments ? counts[0] : 0;
-  if (segments == 0)
-    for (int64_t j = 0; j < 2 * width; ++j) mean[j] = 0;
-  for (int64_t segment = 1; segment < segments; ++segment) {
-    if (counts[segment] == 0) continue;
-    const double *next = columns.data + segment * 2 * width;
-    const double share = double(counts[segment]) / double(count + counts[segment]), before = double(count);
-    for (int64_t j = 0; j < width; ++j) {
-      const double delta = next[j] - mean[j];
-      mean[j] += delta * share;
-      m2[j] += next[width + j] + delta * delta * before * share;
-    }
-    count += counts[segment];
+  if (segments == 0) {
+    counts[0] = 0;
+    for (int64_t j = 0; j < 2 * width; ++j) rows[j] = 0;
   }
-  merge_columns(problem, region, mean, m2, count, channels);
+  Moments total = moments_of(0);
+  for (int64_t segment = 1; segment < segments; ++segment) total.merge(moments_of(segment), width);
+  merge_columns(problem, region, total);
+  total.divide(region.channels);
+  return total;
 }
 
 // One number per column from one per channel; the channels' own where there is one column for each.
@@ -268,12 +286,13 @@ void apply_region(const Forward<T>& problem, const Parallel& parallel, const Reg
 
 template <class T, class ACT, bool MASKED>
 void forward_region(const Forward<T>& problem, const Parallel& parallel, int64_t g, const Region& region) {
-  const int64_t k = problem.shape.channels_per_group, first = region.first_channel / k;
-  Buffer<Moments> channels(region.channels);
-  const bool measured = problem.rule.source != Source::running;
-  if (measured) region_moments<T, MASKED>(problem, parallel, region, channels.data);
-  for (int64_t j = 0; j < region.channels / k; ++j)
-    settle(problem, g, first + j, measured ? channels.data + j * k : nullptr);
+  if (problem.rule.source == Source::running) {
+    settle(problem, g, region.first_channel, region.channels, nullptr);
+  } else {
+    Buffer<double> rows(2 * region.width);
+    const Moments moments = region_moments<T, MASKED>(problem, parallel, region, rows.data);
+    settle(problem, g, region.first_channel, region.channels, &moments);
+  }
   apply_region<T, ACT, MASKED>(problem, parallel, region, g);
 }
 
@@ -311,55 +330,46 @@ void add_block(const Backward<T>& problem, const Region& region, int64_t begin, 
   for (int64_t j = 0; j < 3 * region.width; ++j) sums[j] += scratch[j];
 }
 
+// The sums over the region's channels, in the place of those over its columns: three rows of the region's width.
 template <class T, class ACT, bool MASKED>
-void region_sums(const Backward<T>& problem, const Parallel& parallel, const Region& region,
-                 const Affine<Accumulation<T>, Each>& affine, Sums* channels) {
-  const int64_t width = region.width, segments = region.segments(), pieces = segments + 1;
-  Buffer<double> columns(pieces * 3 * width);
-  for (int64_t j = 0; j < pieces * 3 * width; ++j) columns[j] = 0;
+Sums region_sums(const Backward<T>& problem, const Parallel& parallel, const Region& region,
+                 const Affine<Accumulation<T>, Each>& affine, double* columns) {
+  const int64_t width = region.width, segments = region.segments(), size = Sums::rows * width;
+  Buffer<double> partial((segments + 1) * size);
   for_pieces(parallel, segments, region.elements(), [&](int64_t segment) {
-    Buffer<Accumulation<T>> scratch(3 * width);
-    const int64_t end = region.segment_end(segment), size = Region::kBlockRows;
-    for (int64_t row = segment * region.segment_rows(); row < end; row += size)
-      add_block<T, ACT, MASKED>(problem, region, row, row + size < end ? row + size : end, affine, width, scratch.data,
-                                columns.data + segment * 3 * width);
+    Buffer<Accumulation<T>> scratch(size);
+    double* to = partial.data + segment * size;
+    for (int64_t j = 0; j < size; ++j) to[j] = 0;
+    const int64_t end = region.segment_end(segment), block = Region::kBlockRows;
+    for (int64_t row = segment * region.segment_rows(); row < end; row += block)
+      add_block<T, ACT, MASKED>(problem, region, row, row + block < end ? row + block : end, affine, width, scratch.data, to);
   });
+  double* last = partial.data + segments * size;
+  for (int64_t j = 0; j < size; ++j) columns[j] = last[j] = 0;
   if (region.leftover) {
-    Buffer<Accumulation<T>> scratch(3 * width);
-    add_block<T, ACT, false>(problem, region, region.rows, region.rows + 1, affine, region.leftover, scratch.data,
-                             columns.data + segments * 3 * width);
+    Buffer<Accumulation<T>> scratch(size);
+    add_block<T, ACT, false>(problem, region, region.rows, region.rows + 1, affine, region.leftover, scratch.data, last);
   }
-  for (int64_t piece = 1; piece < pieces; ++piece)
-    for (int64_t j = 0; j < 3 * width; ++j) columns[j] += columns[piece * 3 * width + j];
-  for (int64_t c = 0; c < region.channels; ++c) channels[c] = {};
-  for (int64_t j = 0; j < width; ++j) {
-    Sums& channel = channels[region.channel_of(j)];
-    channel.gradient += columns[j];
-    channel.centered += columns[width + j];
-    channel.product += columns[2 * width + j];
-  }
+  for (int64_t piece = 0; piece <= segments; ++piece)
+    for (int64_t j = 0; j < size; ++j) columns[j] += partial[piece * size + j];
+  const Sums sums(columns, width);
+  for (int64_t i = 0; i < Sums::rows; ++i) region.sum_columns(columns + i * width);
+  return sums;
 }
 
 template <class T, class ACT, bool MASKED>
 void backward_region(const Backward<T>& problem, const Parallel& parallel, int64_t g, const Region& region,
                      double* dweight, double* dbias) {
   using A = Accumulation<T>;
-  const int64_t k = problem.shape.channels_per_group, first = region.first_channel, count = region.channels;
+  const int64_t first = region.first_channel, count = region.channels;
   const SpreadAffine<A> spread(problem.coefficients, region, g * problem.shape.channels + first);
   const Affine<A, Each> affine = spread.affine();
-  Buffer<Sums> sums(count);
-  region_sums<T, ACT, MASKED>(problem, parallel, region, affine, sums.data);
-  Buffer<Slopes<A>> slopes(count);
-  for (int64_t c = 0; c < count; c += k)
-    settle(problem, g, (first + c) / k, sums.data + c, slopes.data + c, dweight + first + c, dbias + first + c);
-  Buffer<A> rows(3 * count);
-  for (int64_t c = 0; c < count; ++c) {
-    rows[c] = slopes[c].gradient;
-    rows[count + c] = slopes[c].centered;
-    rows[2 * count + c] = slopes[c].constant;
-  }
-  const Spread<A> gradient(region, rows.data), centered(region, rows.data + count),
-      constant(region, rows.data + 2 * count);
+  Buffer<double> columns(Sums::rows * region.width);
+  const Sums sums = region_sums<T, ACT, MASKED>(problem, parallel, region, affine, columns.data);
+  Buffer<A> rows(Slopes<A>::rows * count);
+  const Slopes<A> slopes(rows.data, count);
+  settle(problem, g, first, count, sums, slopes, dweight + first, dbias + first);
+  const Spread<A> gradient(region, slopes.gradient), centered(region, slopes.centered), constant(region, slopes.constant);
   const SlopesOf<A, Each> slope{{gradient.values}, {centered.values}, {constant.values}};
   const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
   const int64_t ahead = problem.past_cache ? fetched_ahead(region.stride) : 0;

@@ -8,6 +8,8 @@
 #include "activation.h"
 #include "pass.h"
 
+#include "settle.h"
+
 #include "planar.h"
 
 #include "columnar.h"
@@ -74,15 +76,9 @@ void run(const Backward<T>& problem) {
       backward_planar_unit<T, ACT, MASKED>(problem, parallel, g, unit % count, dweight(g), dbias(g));
     });
   }
-  for (int64_t c = 0; c < channels; ++c) {
-    double weight = 0, bias = 0;
-    for (int64_t g = 0; g < groups; ++g) {
-      weight += dweight(g)[c];
-      bias += dbias(g)[c];
-    }
-    problem.dweight[c] = weight;
-    problem.dbias[c] = bias;
-  }
+  for (int64_t g = 1; g < groups; ++g)
+    for (int64_t c = 0; c < channels; ++c) dweight(0)[c] += dweight(g)[c], dbias(0)[c] += dbias(g)[c];
+  for (int64_t c = 0; c < channels; ++c) problem.dweight[c] = dweight(0)[c], problem.dbias[c] = dbias(0)[c];
 }
 
 template <class P, class ACT>

@@ -1,4 +1,4 @@
-#include "settle.h"
+#include "moments.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-#include "settle.h"
+#include "moments.h"
 
 #define RENORM_ISA baseline
 #define RENORM_VECTOR_BYTES 16

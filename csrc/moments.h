@@ -1,29 +1,39 @@
-// Mean and sum of squared deviations of sets of numbers, and how they merge.
+// Mean and sum of squared deviations of sets of numbers, and how they merge. Each loop is one that the compiler makes
+// vectors of.
 #pragma once
+
+#include <cstdint>
 
 namespace renorm {
 
+// Mean and sum of squared deviations of some channels, of `count` elements each.
 struct Moments {
-  double mean = 0, m2 = 0, count = 0;
+  double *mean, *m2, count;
 
   // Chan, Golub & LeVeque 1979
-  void merge(double other_mean, double other_m2, double other_count) {
-    if (other_count == 0) return;
-    const double delta = other_mean - mean, share = other_count / (count + other_count);
-    mean += delta * share;
-    m2 += other_m2 + delta * delta * count * share;
-    count += other_count;
+  void merge(const Moments& other, int64_t channels) {
+    if (other.count == 0) return;
+    const double share = other.count / (count + other.count), weight = count * share;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double delta = other.mean[c] - mean[c];
+      mean[c] += delta * share;
+      m2[c] += other.m2[c] + delta * delta * weight;
+    }
+    count += other.count;
   }
-  // 0 without an element; rounding may leave m2 just below 0, and NaN stays NaN.
-  double var() const { return count == 0 || m2 < 0 ? 0 : m2 / count; }
+  // Makes variances of m2: 0 without an element; rounding may leave it just below 0, and NaN stays NaN.
+  void divide(int64_t channels) {
+    const double share = count > 0 ? 1 / count : 0;
+    for (int64_t c = 0; c < channels; ++c) m2[c] = count == 0 || m2[c] < 0 ? 0 : m2[c] * share;
+  }
 };
 
-// Whether sums of x - shift and of its square lost digits, the mean being `drift` away: seen from the deviations, or,
-// where these are nothing but rounding, from the shift.
+// Whether sums of x - shift and of its square lost more than a digit, the mean being `drift` away: seen from the
+// deviations, or, where these are nothing but rounding, from the shift.
 template <class A>
 bool strays(A drift, A var, A shift) {
   constexpr A kRounding = A(1e-12);  // relative, squared
-  return drift * drift > 4 * var + kRounding * shift * shift;
+  return drift * drift > 16 * var + kRounding * shift * shift;
 }
 
 }  // namespace renorm

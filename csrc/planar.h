@@ -24,12 +24,22 @@ struct Piece {
     for (int64_t n = begin; n < end; ++n)
       for (int64_t c = 0; c < channels; ++c) body(c, row(n) + c * shape.positions, mask_row(n));
   }
+  // totals[c] = the sums that body adds up over the channel's runs: body(channel, offset, offset into the mask, sums)
+  template <int N, class A, class F>
+  RENORM_INLINE void sum_runs(Vector<A> (*totals)[N], F&& body) const {
+    for_runs([&](int64_t c, int64_t at, int64_t mask_at) RENORM_LAMBDA {
+      Vector<A> sums[2][N] = {};
+      body(c, at, mask_at, sums);
+      const bool is_first = at < row(begin + 1);
+      for (int i = 0; i < N; ++i) totals[c][i] = is_first ? sums[0][i] + sums[1][i] : totals[c][i] + (sums[0][i] + sums[1][i]);
+    });
+  }
 };
 
 // A unit and how it is cut. The cut depends on the shape alone, so the result does not depend on the number of threads.
 struct Unit {
   static constexpr int64_t kElements = 4096;   // of a channel, in one sum: float holds it well
-  static constexpr int64_t kMostChannels = 64;
+  static constexpr int64_t kMostChannels = 64;  // of a piece, whole vectors of them
   static constexpr int64_t kFetchedBytes = 512 * 1024;  // of a unit, beyond which the next one finds no room in the cache
   const Shape& shape;
   int64_t group, first, last;             // examples
@@ -63,96 +73,74 @@ struct Unit {
     const bool is_last = channel + channels == shape.channels;
     return is_last || elements() * bytes > kFetchedBytes ? 0 : channels * shape.positions;
   }
-  // Where a piece's channel has its sums: those of a channel side by side.
-  int64_t slot(const Piece& piece, int64_t c, int64_t i) const {
-    return (piece.channel - channel + c) * chunks + i % chunks;
-  }
+  // Which part of its channels a piece is, and where these begin among the unit's.
+  int64_t chunk(int64_t i) const { return i % chunks; }
+  int64_t first_channel(int64_t i) const { return i / chunks * strip; }
 };
 
-// A mean of some elements, to sum the deviations from.
-template <class T, bool MASKED>
-RENORM_INLINE Accumulation<T> sample_mean(const Forward<T>& problem, int64_t at, int64_t mask_at, int64_t length) {
-  using A = Accumulation<T>;
-  Vector<A> total{}, counted{};
-  const int64_t size = length < 2 * kLanes<A> ? length : 2 * kLanes<A>;
-  for_run<A>(size, 0, [&](int64_t i, auto lanes) RENORM_LAMBDA {
-    Vector<A> value = lanes.load(problem.x + at + i);
-    if constexpr (MASKED) {
-      const Mask<A> mask = lanes.load_mask(problem.mask + mask_at + i);
-      value = mask ? value : Vector<A>{};
-      counted += lanes.own(mask ? Vector<A>{} + 1 : Vector<A>{});
-    }
-    total += lanes.own(value);
-  });
-  const A count = MASKED ? sum_of_lanes<A>(counted) : A(size);
-  return count > 0 ? sum_of_lanes<A>(total) / count : 0;
+// How many elements of each of a piece's channels the mask lets count.
+template <bool MASKED, class T>
+int64_t count_of(const Forward<T>& problem, const Piece& piece) {
+  if (!MASKED) return piece.count();
+  int64_t counted = 0;
+  for (int64_t n = piece.begin; n < piece.end; ++n)
+    for (int64_t i = 0; i < piece.length; ++i) counted += problem.mask[piece.mask_row(n) + i] != 0;
+  return counted;
 }
 
-// Two sets of sums: of x - shift, of its square, and, where there is a mask, of the elements counted.
-template <class A, bool MASKED>
-using Deviations = Vector<A>[2][MASKED ? 3 : 2];
+// To sum the deviations from: the channels' first element that counts.
+template <bool MASKED, class T>
+void sample(const Forward<T>& problem, const Piece& piece, Accumulation<T>* to) {
+  int64_t n = piece.begin, i = 0;
+  if constexpr (MASKED)
+    while (n < piece.end && !problem.mask[piece.mask_row(n) + i])
+      if (++i == piece.length) ++n, i = 0;
+  for (int64_t c = 0; c < piece.channels; ++c)
+    to[c] = n < piece.end ? value_of(problem.x[piece.row(n) + c * problem.shape.positions + i]) : 0;
+}
 
+// Sums of x - shift and of its square over the channels of a piece.
 template <class T, bool MASKED>
 RENORM_INLINE void sum_deviations(const Forward<T>& problem, const Piece& piece, const Accumulation<T>* shift,
-                                  Deviations<Accumulation<T>, MASKED>* totals) {
+                                  Accumulation<T>* sums, Accumulation<T>* squares) {
   using A = Accumulation<T>;
-  constexpr int N = MASKED ? 3 : 2;
-  for (int64_t c = 0; c < piece.channels; ++c)
-    for (int set = 0; set < 2; ++set)
-      for (int i = 0; i < N; ++i) totals[c][set][i] = Vector<A>{};
-  piece.for_runs([&](int64_t c, int64_t at, [[maybe_unused]] int64_t mask_at) RENORM_LAMBDA {
+  Vector<A> totals[Unit::kMostChannels][2];
+  piece.sum_runs<2, A>(totals, [&](int64_t c, int64_t at, [[maybe_unused]] int64_t mask_at, Vector<A>(&sums)[2][2]) RENORM_LAMBDA {
     const Vector<A> shifts = broadcast(shift[c]);
-    Vector<A> sums[2][N];  // in registers
-    for (int set = 0; set < 2; ++set)
-      for (int i = 0; i < N; ++i) sums[set][i] = totals[c][set][i];
-    reduce_run<N, A>(piece.length, before_aligned<A>(at), sums, [&](int64_t i, auto lanes, Vector<A>(&sum)[N]) RENORM_LAMBDA {
+    reduce_run<2, A>(piece.length, before_aligned<A>(at), sums, [&](int64_t i, auto lanes, Vector<A>(&sum)[2]) RENORM_LAMBDA {
       Vector<A> value = lanes.own(lanes.load(problem.x + at + i) - shifts);
-      if constexpr (MASKED) {
-        const Mask<A> counted = lanes.load_mask(problem.mask + mask_at + i);
-        value = counted ? value : Vector<A>{};
-        sum[2] += lanes.own(counted ? Vector<A>{} + 1 : Vector<A>{});
-      }
+      if constexpr (MASKED) value = lanes.load_mask(problem.mask + mask_at + i) ? value : Vector<A>{};
       sum[0] += value;
       sum[1] += value * value;
     });
-    for (int set = 0; set < 2; ++set)
-      for (int i = 0; i < N; ++i) totals[c][set][i] = sums[set][i];
   });
+  sum_lanes<A, 2>(totals, 0, piece.channels, sums);
+  sum_lanes<A, 2>(totals, 1, piece.channels, squares);
 }
 
-// How far the mean is from the shift, the variance and the count; zeros where nothing counts.
-struct Drift {
-  double drift = 0, var = 0, count = 0;
-};
-
-template <class A, bool MASKED>
-Drift drift_of(const Deviations<A, MASKED>& sums, int64_t elements) {
-  double count = elements;
-  if constexpr (MASKED) count = sum_of_lanes<A>(sums[0][2] + sums[1][2]);
-  if (count == 0) return {};
-  const double drift = sum_of_lanes<A>(sums[0][0] + sums[1][0]) / count;
-  return {drift, sum_of_lanes<A>(sums[0][1] + sums[1][1]) / count - drift * drift, count};
-}
-
+// Moments of a piece's channels, from sums of deviations; summed anew where these lost digits.
 template <class T, bool MASKED>
-void moments_of_piece(const Forward<T>& problem, const Unit& unit, int64_t index, Moments* partial) {
+void moments_of_piece(const Forward<T>& problem, const Piece& piece, Moments& moments) {
   using A = Accumulation<T>;
-  const Piece piece = unit.piece(index);
-  A shift[Unit::kMostChannels];
-  Deviations<A, MASKED> totals[Unit::kMostChannels];
-  for (int64_t c = 0; c < piece.channels; ++c) {
-    const int64_t at = piece.row(piece.begin) + c * problem.shape.positions;
-    shift[c] = sample_mean<T, MASKED>(problem, at, piece.mask_row(piece.begin), piece.length);
-  }
-  sum_deviations<T, MASKED>(problem, piece, shift, totals);
-  for (int64_t c = 0; c < piece.channels; ++c) {
-    Drift found = drift_of<A, MASKED>(totals[c], piece.count());
-    if (strays<double>(found.drift, found.var, shift[c])) {
-      shift[c] += A(found.drift);
-      sum_deviations<T, MASKED>(problem, piece.only(c), shift + c, totals + c);
-      found = drift_of<A, MASKED>(totals[c], piece.count());
+  A shift[Unit::kMostChannels], sums[Unit::kMostChannels], squares[Unit::kMostChannels];
+  moments.count = count_of<MASKED>(problem, piece);
+  const double share = moments.count > 0 ? 1 / moments.count : 0;
+  bool strayed = false;
+  const auto take = [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const double drift = sums[c] * share, var = squares[c] * share - drift * drift;
+      strayed |= strays<double>(drift, var, shift[c]);
+      moments.mean[c] = shift[c] + drift;
+      moments.m2[c] = var * moments.count;
     }
-    partial[unit.slot(piece, c, index)] = {shift[c] + found.drift, found.var * found.count, found.count};
+  };
+  sample<MASKED>(problem, piece, shift);
+  sum_deviations<T, MASKED>(problem, piece, shift, sums, squares);
+  take(0, piece.channels);
+  for (int64_t c = 0; strayed && c < piece.channels; ++c) {
+    shift[c] = A(moments.mean[c]);
+    sum_deviations<T, MASKED>(problem, piece.only(c), shift + c, sums + c, squares + c);
+    take(c, c + 1);
   }
 }
 
@@ -164,19 +152,23 @@ Affine<A, Same> affine_at(const Coefficients<A>& coefficients, int64_t index) {
 
 template <class T, bool MASKED>
 void settle_unit(const Forward<T>& problem, const Parallel& parallel, const Unit& unit) {
-  const int64_t k = problem.shape.channels_per_group, first = unit.channel / k, groups = unit.channels / k;
-  Buffer<Moments> partial(unit.channels * unit.chunks);
-  for_pieces(parallel, unit.pieces(), unit.elements(),
-             [&](int64_t i) { moments_of_piece<T, MASKED>(problem, unit, i, partial.data); });
-  for (int64_t c = 0; c < unit.channels; ++c) {
-    Moments total = partial[c * unit.chunks];
-    for (int64_t i = 1; i < unit.chunks; ++i) {
-      const Moments& next = partial[c * unit.chunks + i];
-      total.merge(next.mean, next.m2, next.count);
-    }
-    partial[c] = total;
-  }
-  for (int64_t j = 0; j < groups; ++j) settle(problem, unit.group, first + j, partial.data + j * k);
+  const int64_t channels = unit.channels;
+  Buffer<double> rows(2 * unit.chunks * channels);
+  Buffer<double> counts(unit.chunks);
+  const auto moments_of = [&](int64_t chunk) {
+    double* mean = rows.data + 2 * chunk * channels;
+    return Moments{mean, mean + channels, counts[chunk]};
+  };
+  for_pieces(parallel, unit.pieces(), unit.elements(), [&](int64_t i) {
+    const Moments all = moments_of(unit.chunk(i));
+    Moments own{all.mean + unit.first_channel(i), all.m2 + unit.first_channel(i), 0};
+    moments_of_piece<T, MASKED>(problem, unit.piece(i), own);
+    if (unit.first_channel(i) == 0) counts[unit.chunk(i)] = own.count;
+  });
+  Moments total = moments_of(0);
+  for (int64_t chunk = 1; chunk < unit.chunks; ++chunk) total.merge(moments_of(chunk), channels);
+  total.divide(channels);
+  settle(problem, unit.group, unit.channel, channels, &total);
 }
 
 template <class T, class ACT, bool MASKED>
@@ -199,7 +191,7 @@ template <class T, class ACT, bool MASKED>
 void forward_planes(const Forward<T>& problem) {
   using A = Accumulation<T>;
   const Shape& shape = problem.shape;
-  for (int64_t j = 0; j < shape.channel_groups(); ++j) settle(problem, 0, j, nullptr);
+  settle(problem, 0, 0, shape.channels, nullptr);
   for_pieces(problem.parallel, shape.examples * shape.channels, shape.elements(), [&](int64_t plane) {
     const Affine<A, Same> affine = affine_at(problem.coefficients, plane % shape.channels);
     apply_run<T, ACT, MASKED>(problem, plane * shape.positions, plane / shape.channels * shape.positions,
@@ -208,17 +200,12 @@ void forward_planes(const Forward<T>& problem) {
 }
 
 template <class T, class ACT, bool MASKED>
-void sums_of_piece(const Backward<T>& problem, const Unit& unit, int64_t index, Sums* partial) {
+void sums_of_piece(const Backward<T>& problem, const Piece& piece, int64_t first, const Sums& to) {
   using A = Accumulation<T>;
-  const Piece piece = unit.piece(index);
-  const int64_t first = unit.group * problem.shape.channels + piece.channel;
   Vector<A> totals[Unit::kMostChannels][3];
-  for (int64_t c = 0; c < piece.channels; ++c)
-    for (int i = 0; i < 3; ++i) totals[c][i] = Vector<A>{};
-  piece.for_runs([&](int64_t c, int64_t at, int64_t mask_at) RENORM_LAMBDA {
+  piece.sum_runs<3, A>(totals, [&](int64_t c, int64_t at, int64_t mask_at, Vector<A>(&sums)[2][3]) RENORM_LAMBDA {
     const Affine<A, Same> affine = affine_at(problem.coefficients, first + c);
     const Streams<T, ACT, MASKED> streams(problem, at, mask_at);
-    Vector<A> sums[2][3] = {};
     reduce_run<3, A>(piece.length, before_aligned<A>(at), sums, [&](int64_t i, auto lanes, Vector<A>(&sum)[3]) RENORM_LAMBDA {
       const Pair<A> pair = streams.pair_at(i, lanes, affine.at(i, lanes));
       const Vector<A> gradient = lanes.own(pair.gradient), centered = lanes.own(pair.centered);
@@ -226,11 +213,10 @@ void sums_of_piece(const Backward<T>& problem, const Unit& unit, int64_t index, 
       sum[1] += centered;
       sum[2] += gradient * centered;
     });
-    for (int i = 0; i < 3; ++i) totals[c][i] += sums[0][i] + sums[1][i];
   });
-  for (int64_t c = 0; c < piece.channels; ++c)
-    partial[unit.slot(piece, c, index)] = {double(sum_of_lanes<A>(totals[c][0])), double(sum_of_lanes<A>(totals[c][1])),
-                                           double(sum_of_lanes<A>(totals[c][2]))};
+  sum_lanes<A, 3>(totals, 0, piece.channels, to.gradient);
+  sum_lanes<A, 3>(totals, 1, piece.channels, to.centered);
+  sum_lanes<A, 3>(totals, 2, piece.channels, to.product);
 }
 
 template <class T, class ACT, bool MASKED>
@@ -238,31 +224,26 @@ void backward_planar_unit(const Backward<T>& problem, const Parallel& parallel, 
                           double* dweight, double* dbias) {
   using A = Accumulation<T>;
   const Unit unit(problem.shape, g, panel);
-  const int64_t k = problem.shape.channels_per_group;
-  Buffer<Sums> partial(unit.channels * unit.chunks);
-  for_pieces(parallel, unit.pieces(), unit.elements(),
-             [&](int64_t i) { sums_of_piece<T, ACT, MASKED>(problem, unit, i, partial.data); });
-  for (int64_t c = 0; c < unit.channels; ++c) {
-    Sums total;
-    for (int64_t i = 0; i < unit.chunks; ++i) {
-      const Sums& next = partial[c * unit.chunks + i];
-      total.gradient += next.gradient;
-      total.centered += next.centered;
-      total.product += next.product;
-    }
-    partial[c] = total;
-  }
-  Buffer<Slopes<A>> slopes(unit.channels);
-  for (int64_t c = 0; c < unit.channels; c += k)
-    settle(problem, g, (unit.channel + c) / k, partial.data + c, slopes.data + c, dweight + unit.channel + c,
-           dbias + unit.channel + c);
+  const int64_t channels = unit.channels, first = g * problem.shape.channels + unit.channel;
+  Buffer<double> partial(Sums::rows * unit.chunks * channels);
+  for_pieces(parallel, unit.pieces(), unit.elements(), [&](int64_t i) {
+    const int64_t channel = unit.first_channel(i);
+    const Sums own(partial.data + Sums::rows * unit.chunk(i) * channels + channel, channels);
+    sums_of_piece<T, ACT, MASKED>(problem, unit.piece(i), first + channel, own);
+  });
+  for (int64_t chunk = 1; chunk < unit.chunks; ++chunk)
+    for (int64_t i = 0; i < Sums::rows * channels; ++i) partial[i] += partial[chunk * Sums::rows * channels + i];
+  Buffer<A> rows(Slopes<A>::rows * channels);
+  const Slopes<A> slopes(rows.data, channels);
+  settle(problem, g, unit.channel, channels, Sums(partial.data, channels), slopes, dweight + unit.channel,
+         dbias + unit.channel);
   const int64_t ahead = unit.ahead(2 * sizeof(T));
   for_pieces(parallel, unit.pieces(), unit.elements(), [&](int64_t i) {
     const Piece piece = unit.piece(i);
     piece.for_runs([&](int64_t c, int64_t at, int64_t mask_at) RENORM_LAMBDA {
       const Affine<A, Same> affine = affine_at(problem.coefficients, g * problem.shape.channels + piece.channel + c);
-      const Slopes<A>& slope = slopes[piece.channel - unit.channel + c];
-      const SlopesOf<A, Same> same{Same<A>(slope.gradient), Same<A>(slope.centered), Same<A>(slope.constant)};
+      const int64_t j = piece.channel - unit.channel + c;
+      const SlopesOf<A, Same> same{Same<A>(slopes.gradient[j]), Same<A>(slopes.centered[j]), Same<A>(slopes.constant[j])};
       differentiate_run<T, ACT, MASKED>(problem, at, mask_at, piece.length, affine, same, ahead);
     });
   });

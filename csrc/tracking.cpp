@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "moments.h"
 
@@ -10,23 +11,46 @@ namespace {
 
 template <class A>
 bool is_finite(const Batch<A>& batch) {
-  A sum = 0;  // 0 times anything else is not a number
-  for (int64_t i = 0; i < batch.groups * batch.channels; ++i) sum += 0 * batch.mean[i] + 0 * batch.var[i];
-  return sum == 0;
+  int64_t others = 0;  // whose difference from themselves is not a number
+  for (int64_t i = 0; i < batch.groups * batch.channels; ++i)
+    others += !(batch.mean[i] - batch.mean[i] == 0) + !(batch.var[i] - batch.var[i] == 0);
+  return others == 0;
 }
 
-// Count-weighted mean over the groups of the channel's standard deviation, squared, less eps.
+// Adds to every channel the variance that belongs to the mean, weighed by counts, of the groups' standard deviations:
+// the mean squared, less eps, in terms of variances, so that eps does not cancel.
 template <class A>
-double variance_of_mean_sigma(const Batch<A>& batch, int64_t c, double total, double eps) {
-  double mean_sigma = 0;
-  for (int64_t g = 0; g < batch.groups; ++g)
-    mean_sigma += batch.count[g] / total * std::sqrt(batch.var[g * batch.channels + c] + eps);
-  double var = 0;  // in terms of variances, so that eps does not cancel
+void add_variance_of_mean_sigma(const Batch<A>& batch, double total, double eps, double* to) {
+  std::vector<double> mean_sigma(batch.channels);
   for (int64_t g = 0; g < batch.groups; ++g) {
-    const double own = batch.var[g * batch.channels + c], delta = std::sqrt(own + eps) - mean_sigma;
-    var += batch.count[g] / total * (own - delta * delta);
+    const A* var = batch.var + g * batch.channels;
+    const double share = batch.count[g] / total;
+    for (int64_t c = 0; c < batch.channels; ++c) mean_sigma[c] += share * std::sqrt(var[c] + eps);
   }
-  return var;
+  for (int64_t g = 0; g < batch.groups; ++g) {
+    const A* var = batch.var + g * batch.channels;
+    const double share = batch.count[g] / total;
+    for (int64_t c = 0; c < batch.channels; ++c) {
+      const double delta = std::sqrt(var[c] + eps) - mean_sigma[c];
+      to[c] += share * (var[c] - delta * delta);
+    }
+  }
+}
+
+// The moments of all groups together.
+template <class A>
+Moments merge_groups(const Batch<A>& batch, double* rows) {
+  const int64_t channels = batch.channels;
+  Moments all{rows, rows + channels, 0};
+  std::vector<double> own(2 * channels);
+  for (int64_t g = 0; g < batch.groups; ++g) {
+    const A *mean = batch.mean + g * channels, *var = batch.var + g * channels;
+    const double count = batch.count[g];
+    for (int64_t c = 0; c < channels; ++c) own[c] = mean[c];
+    for (int64_t c = 0; c < channels; ++c) own[channels + c] = var[c] * count;
+    all.merge({own.data(), own.data() + channels, count}, channels);
+  }
+  return all;
 }
 
 double lerp(double from, double to, double weight) { return from + (to - from) * weight; }
@@ -48,20 +72,19 @@ void track(const Running<A>& running, const Batch<A>& batch, Tracking rule, doub
   if (total == 0) return;
   const double m = momentum < 0 ? 1.0 / double(*running.steps + 1) : momentum;
   const bool has_spread = largest * channels_per_group > 1 && total > 1;
+  std::vector<double> rows(3 * batch.channels);
+  const Moments all = merge_groups(batch, rows.data());
+  double* own = rows.data() + 2 * batch.channels;  // by the rule
+  if (rule == Tracking::std && batch.groups > 1) add_variance_of_mean_sigma(batch, total, eps, own);
   for (int64_t c = 0; c < batch.channels; ++c) {
-    Moments all;
-    for (int64_t g = 0; g < batch.groups; ++g) {
-      const int64_t i = g * batch.channels + c;
-      all.merge(batch.mean[i], double(batch.var[i]) * batch.count[g], batch.count[g]);
-    }
-    const double before = running.var[c], away = all.mean - running.mean[c];
-    running.mean[c] = A(lerp(running.mean[c], all.mean, m));
+    const double before = running.var[c], away = all.mean[c] - running.mean[c];
+    running.mean[c] = A(lerp(running.mean[c], all.mean[c], m));
     if (rule == Tracking::total) {
-      running.var[c] = A(lerp(before, all.var(), m) + m * (1 - m) * away * away);
+      running.var[c] = A(lerp(before, all.m2[c] / total, m) + m * (1 - m) * away * away);
     } else if (has_spread && rule == Tracking::var) {
-      running.var[c] = A(lerp(before, all.m2 / (total - 1), m));
+      running.var[c] = A(lerp(before, all.m2[c] / (total - 1), m));
     } else if (has_spread) {
-      const double var = batch.groups == 1 ? double(batch.var[c]) : variance_of_mean_sigma(batch, c, total, eps);
+      const double var = batch.groups == 1 ? double(batch.var[c]) : own[c];
       // The square of the moving average of sigma, less eps.
       const double between = std::sqrt(var + eps) - std::sqrt(before + eps);
       running.var[c] = A(lerp(before, var, m) - m * (1 - m) * between * between);

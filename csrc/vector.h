@@ -105,6 +105,16 @@ RENORM_INLINE void store(Float16* to, Vector<float> value) {
 }
 #endif
 
+template <class T>
+RENORM_INLINE Accumulation<T> value_of(T element) {
+  if constexpr (sizeof(T) == sizeof(Accumulation<T>)) {
+    return element;
+  } else {
+    const T padded[kLanes<float>] = {element};
+    return load(padded)[0];
+  }
+}
+
 // Stores that pass the cache by, for what is too large to be found there later. The address must be aligned.
 #if RENORM_VECTOR_BYTES == 64
 RENORM_INLINE void stream(float* to, Vector<float> value) { _mm512_stream_ps(to, (__m512)value); }
@@ -228,6 +238,34 @@ RENORM_INLINE A sum_of_lanes(Vector<A> value) {
   return lanes[0];
 }
 #endif
+
+// The sums of neighbouring lanes: of a, then of b.
+template <class A>
+RENORM_INLINE Vector<A> add_neighbours(Vector<A> a, Vector<A> b) {
+  const Mask<A> even = 2 * lane_numbers<A>();
+#if defined(__clang__)
+  Vector<A> sum;
+  for (int64_t i = 0; i < kLanes<A>; ++i) sum[i] = i < kLanes<A> / 2 ? a[2 * i] + a[2 * i + 1] : b[2 * i - kLanes<A>] + b[2 * i + 1 - kLanes<A>];
+  return sum;
+#else
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+#endif
+}
+
+// sums[c] = the sum of the lanes of vectors[c][which], a vector of sums at a time.
+template <class A, int STRIDE, class S>
+RENORM_INLINE void sum_lanes(const Vector<A> (*vectors)[STRIDE], int which, int64_t count, S* sums) {
+  constexpr int64_t kFew = kLanes<A> / 4;
+  int64_t c = 0;
+  for (; c + kFew < count; c += kLanes<A>) {
+    Vector<A> level[kLanes<A>];
+    for (int64_t i = 0; i < kLanes<A>; ++i) level[i] = c + i < count ? vectors[c + i][which] : Vector<A>{};
+    for (int64_t width = kLanes<A> / 2; width > 0; width /= 2)
+      for (int64_t i = 0; i < width; ++i) level[i] = add_neighbours<A>(level[2 * i], level[2 * i + 1]);
+    for (int64_t i = 0; i < kLanes<A> && c + i < count; ++i) sums[c + i] = level[0][i];
+  }
+  for (; c < count; ++c) sums[c] = sum_of_lanes<A>(vectors[c][which]);
+}
 
 // Memory for a call; not std::vector, whose code one instruction set would compile for all.
 template <class T>
