@@ -81,17 +81,36 @@ RENORM_INLINE Vector<A> backpropagate(Act act, Vector<A> dy, Vector<A> z) {
   __builtin_unreachable();
 }
 
-// The activations that a loop is compiled for; it asks for the others at every vector.
+// Long code that loops call, so that it is there once.
+template <class A>
+__attribute__((noinline)) Vector<A> activate_apart(Act act, Vector<A> z) { return activate<A>(act, z); }
+template <class A>
+__attribute__((noinline)) Vector<A> backpropagate_apart(Act act, Vector<A> dy, Vector<A> z) {
+  return backpropagate<A>(act, dy, z);
+}
+
+// The activations that loops are compiled for.
 template <Act ACT> struct Fixed {
   static constexpr bool is_none = ACT == Act::none;
   explicit Fixed(Act) {}
-  constexpr Act get() const { return ACT; }
+  template <class A> RENORM_INLINE Vector<A> forward(Vector<A> z) const { return activate<A>(ACT, z); }
+  template <class A> RENORM_INLINE Vector<A> backward(Vector<A> dy, Vector<A> z) const {
+    return backpropagate<A>(ACT, dy, z);
+  }
 };
-struct Other {
+// Any, for which a loop asks at every vector.
+struct Any {
   static constexpr bool is_none = false;
   Act act;
-  explicit Other(Act value) : act(value) {}
-  Act get() const { return act; }
+  explicit Any(Act value) : act(value) {}
+  template <class A> RENORM_INLINE Vector<A> forward(Vector<A> z) const {
+    if (act == Act::none) return z;
+    return act == Act::relu ? activate<A>(Act::relu, z) : activate_apart<A>(act, z);
+  }
+  template <class A> RENORM_INLINE Vector<A> backward(Vector<A> dy, Vector<A> z) const {
+    if (act == Act::none) return dy;
+    return act == Act::relu ? backpropagate<A>(Act::relu, dy, z) : backpropagate_apart<A>(act, dy, z);
+  }
 };
 
 }  // namespace RENORM_ISA

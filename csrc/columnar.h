@@ -42,6 +42,9 @@ struct Region {
     return end < rows ? end : rows;
   }
   int64_t elements() const { return rows * width + leftover; }
+  // A byte for every row, or null.
+  template <class P>
+  const uint8_t* mask(const P& problem) const { return problem.mask ? problem.mask + mask_offset : nullptr; }
 };
 
 // How far ahead of a row the data are fetched, beyond a page or two: some rows.
@@ -74,14 +77,13 @@ inline Region rows_of_examples(const Shape& shape, int64_t g, int64_t panel) {
 
 template <int N> struct Rows { static constexpr int count = N; };
 
-// Calls body(row, rows) for the rows of a block: MANY at a time where there is no mask, else one by one.
-template <bool MASKED, int MANY, class F>
+// Calls body(row, rows) for the rows of a block that count: MANY at a time where there is no mask, else one by one.
+template <int MANY, class F>
 RENORM_INLINE int64_t for_rows(const uint8_t* mask, int64_t begin, int64_t end, F&& body) {
   int64_t row = begin, counted = 0;
-  if constexpr (!MASKED)
-    for (; row + MANY <= end; row += MANY, counted += MANY) body(row, Rows<MANY>{});
+  for (; !mask && row + MANY <= end; row += MANY, counted += MANY) body(row, Rows<MANY>{});
   for (; row < end; ++row) {
-    if (MASKED && !mask[row]) continue;
+    if (mask && !mask[row]) continue;
     body(row, Rows<1>{});
     ++counted;
   }
@@ -89,7 +91,7 @@ RENORM_INLINE int64_t for_rows(const uint8_t* mask, int64_t begin, int64_t end, 
 }
 
 // Moments of every column of a segment, from sums of deviations from a shift: the mean so far.
-template <class T, bool MASKED>
+template <class T>
 struct Columns {
   using A = Accumulation<T>;
   const Forward<T>& problem;
@@ -105,8 +107,8 @@ struct Columns {
 
   // Shifts by the first row that counts.
   void start(int64_t begin, int64_t end) {
-    if constexpr (MASKED)
-      while (begin < end && !problem.mask[region.mask_offset + begin]) ++begin;
+    if (const uint8_t* mask = region.mask(problem))
+      while (begin < end && !mask[begin]) ++begin;
     const T* from = problem.x + region.offset + begin * region.stride;
     for_run<A>(begin < end ? region.width : 0, 0, [&](int64_t i, auto lanes) RENORM_LAMBDA {
       lanes.store(shift.data + i, lanes.load(from + i));
@@ -117,11 +119,11 @@ struct Columns {
   int64_t sum(int64_t begin, int64_t end) {
     const int64_t stride = region.stride, width = region.width;
     const T* x = problem.x + region.offset;
-    const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
+    const uint8_t* mask = region.mask(problem);
     A *to_sums = sums.data, *to_squares = squares.data;
     const A* shifts = shift.data;
     for (int64_t j = 0; j < width; ++j) to_sums[j] = to_squares[j] = 0;
-    return for_rows<MASKED, 4>(mask, begin, end, [&](int64_t row, auto rows) RENORM_LAMBDA {
+    return for_rows<4>(mask, begin, end, [&](int64_t row, auto rows) RENORM_LAMBDA {
       const T* from = x + row * stride;
       const int64_t ahead = problem.past_cache ? fetched_ahead(rows.count * stride) : 0;
       for_run<A>(width, 0, [&](int64_t i, auto lanes) RENORM_LAMBDA {
@@ -198,7 +200,7 @@ void merge_columns(const Forward<T>& problem, const Region& region, Moments& mom
 }
 
 // The moments of the region's channels, in the buffer of two rows that is given.
-template <class T, bool MASKED>
+template <class T>
 Moments region_moments(const Forward<T>& problem, const Parallel& parallel, const Region& region, double* rows) {
   const int64_t width = region.width, segments = region.segments();
   Buffer<double> others((segments < 2 ? 0 : segments - 1) * 2 * width), counts(segments + 1);
@@ -209,7 +211,7 @@ Moments region_moments(const Forward<T>& problem, const Parallel& parallel, cons
   for_pieces(parallel, segments, region.elements(), [&](int64_t segment) {
     counts[segment] = 0;
     Moments moments = moments_of(segment);
-    Columns<T, MASKED> columns(problem, region, moments);
+    Columns<T> columns(problem, region, moments);
     const int64_t begin = segment * region.segment_rows(), end = region.segment_end(segment), size = Region::kBlockRows;
     columns.start(begin, end);
     for (int64_t row = begin; row < end; row += size) columns.add(row, row + size < end ? row + size : end);
@@ -257,26 +259,29 @@ struct SpreadAffine {
 // first-level cache.
 template <class F>
 RENORM_INLINE void for_all_rows(const Parallel& parallel, const Region& region, F&& body) {
-  if (region.leftover) body(region.offset + region.rows * region.stride, 0, region.leftover, region.rows);
-  for_pieces(parallel, region.segments(), region.elements(), [&](int64_t segment) {
-    const int64_t end = region.segment_end(segment);
-    for (int64_t column = 0; column < region.width; column += kLongRun) {
-      const int64_t rest = region.width - column, columns = rest < kLongRun ? rest : kLongRun;
-      for (int64_t row = segment * region.segment_rows(); row < end; ++row)
+  const int64_t segments = region.segments();
+  for_pieces(parallel, segments + (region.leftover > 0), region.elements(), [&](int64_t segment) {
+    const bool is_last = segment == segments;  // the shorter row
+    const int64_t begin = is_last ? region.rows : segment * region.segment_rows();
+    const int64_t end = is_last ? region.rows + 1 : region.segment_end(segment);
+    const int64_t width = is_last ? region.leftover : region.width;
+    for (int64_t column = 0; column < width; column += kLongRun) {
+      const int64_t rest = width - column, columns = rest < kLongRun ? rest : kLongRun;
+      for (int64_t row = begin; row < end; ++row)
         body(region.offset + row * region.stride + column, column, columns, row);
     }
   });
 }
 
-template <class T, class ACT, bool MASKED>
+template <class T, class ACT>
 void apply_region(const Forward<T>& problem, const Parallel& parallel, const Region& region, int64_t g) {
   using A = Accumulation<T>;
   const SpreadAffine<A> spread(problem.coefficients, region, g * problem.shape.channels + region.first_channel);
   const Affine<A, Each> affine = spread.affine();
-  const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
+  const uint8_t* mask = region.mask(problem);
   const int64_t ahead = problem.past_cache ? fetched_ahead(region.stride) : 0;
   for_all_rows(parallel, region, [&](int64_t at, int64_t column, int64_t columns, int64_t row) RENORM_LAMBDA {
-    if (MASKED && !mask[row]) {
+    if (mask && !mask[row]) {
       __builtin_memset(problem.y + at, 0, columns * sizeof(T));
       return;
     }
@@ -284,28 +289,28 @@ void apply_region(const Forward<T>& problem, const Parallel& parallel, const Reg
   });
 }
 
-template <class T, class ACT, bool MASKED>
+template <class T, class ACT>
 void forward_region(const Forward<T>& problem, const Parallel& parallel, int64_t g, const Region& region) {
   if (problem.rule.source == Source::running) {
     settle(problem, g, region.first_channel, region.channels, nullptr);
   } else {
     Buffer<double> rows(2 * region.width);
-    const Moments moments = region_moments<T, MASKED>(problem, parallel, region, rows.data);
+    const Moments moments = region_moments<T>(problem, parallel, region, rows.data);
     settle(problem, g, region.first_channel, region.channels, &moments);
   }
-  apply_region<T, ACT, MASKED>(problem, parallel, region, g);
+  apply_region<T, ACT>(problem, parallel, region, g);
 }
 
 // Adds the block's sums of every column to `sums`, three rows of the region's width.
-template <class T, class ACT, bool MASKED>
+template <class T, class ACT>
 void add_block(const Backward<T>& problem, const Region& region, int64_t begin, int64_t end,
                const Affine<Accumulation<T>, Each> affine, int64_t width, Accumulation<T>* scratch, double* sums) {
   using A = Accumulation<T>;
   for (int64_t j = 0; j < 3 * region.width; ++j) scratch[j] = 0;
   const int64_t stride = region.stride;
   A *gradient = scratch, *centered = scratch + region.width, *product = scratch + 2 * region.width;
-  const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
-  for_rows<MASKED, 2>(mask, begin, end, [&](int64_t row, auto rows) RENORM_LAMBDA {
+  const uint8_t* mask = region.mask(problem);
+  for_rows<2>(mask, begin, end, [&](int64_t row, auto rows) RENORM_LAMBDA {
     const Streams<T, ACT, false> streams(problem, region.offset + row * stride, 0);
     const int64_t ahead = problem.past_cache ? fetched_ahead(rows.count * stride) : 0;
     for_run<A>(width, 0, [&](int64_t i, auto lanes) RENORM_LAMBDA {
@@ -331,7 +336,7 @@ void add_block(const Backward<T>& problem, const Region& region, int64_t begin, 
 }
 
 // The sums over the region's channels, in the place of those over its columns: three rows of the region's width.
-template <class T, class ACT, bool MASKED>
+template <class T, class ACT>
 Sums region_sums(const Backward<T>& problem, const Parallel& parallel, const Region& region,
                  const Affine<Accumulation<T>, Each>& affine, double* columns) {
   const int64_t width = region.width, segments = region.segments(), size = Sums::rows * width;
@@ -342,13 +347,13 @@ Sums region_sums(const Backward<T>& problem, const Parallel& parallel, const Reg
     for (int64_t j = 0; j < size; ++j) to[j] = 0;
     const int64_t end = region.segment_end(segment), block = Region::kBlockRows;
     for (int64_t row = segment * region.segment_rows(); row < end; row += block)
-      add_block<T, ACT, MASKED>(problem, region, row, row + block < end ? row + block : end, affine, width, scratch.data, to);
+      add_block<T, ACT>(problem, region, row, row + block < end ? row + block : end, affine, width, scratch.data, to);
   });
   double* last = partial.data + segments * size;
   for (int64_t j = 0; j < size; ++j) columns[j] = last[j] = 0;
   if (region.leftover) {
     Buffer<Accumulation<T>> scratch(size);
-    add_block<T, ACT, false>(problem, region, region.rows, region.rows + 1, affine, region.leftover, scratch.data, last);
+    add_block<T, ACT>(problem, region, region.rows, region.rows + 1, affine, region.leftover, scratch.data, last);
   }
   for (int64_t piece = 0; piece <= segments; ++piece)
     for (int64_t j = 0; j < size; ++j) columns[j] += partial[piece * size + j];
@@ -357,7 +362,7 @@ Sums region_sums(const Backward<T>& problem, const Parallel& parallel, const Reg
   return sums;
 }
 
-template <class T, class ACT, bool MASKED>
+template <class T, class ACT>
 void backward_region(const Backward<T>& problem, const Parallel& parallel, int64_t g, const Region& region,
                      double* dweight, double* dbias) {
   using A = Accumulation<T>;
@@ -365,16 +370,16 @@ void backward_region(const Backward<T>& problem, const Parallel& parallel, int64
   const SpreadAffine<A> spread(problem.coefficients, region, g * problem.shape.channels + first);
   const Affine<A, Each> affine = spread.affine();
   Buffer<double> columns(Sums::rows * region.width);
-  const Sums sums = region_sums<T, ACT, MASKED>(problem, parallel, region, affine, columns.data);
+  const Sums sums = region_sums<T, ACT>(problem, parallel, region, affine, columns.data);
   Buffer<A> rows(Slopes<A>::rows * count);
   const Slopes<A> slopes(rows.data, count);
   settle(problem, g, first, count, sums, slopes, dweight + first, dbias + first);
   const Spread<A> gradient(region, slopes.gradient), centered(region, slopes.centered), constant(region, slopes.constant);
   const SlopesOf<A, Each> slope{{gradient.values}, {centered.values}, {constant.values}};
-  const uint8_t* mask = MASKED ? problem.mask + region.mask_offset : nullptr;
+  const uint8_t* mask = region.mask(problem);
   const int64_t ahead = problem.past_cache ? fetched_ahead(region.stride) : 0;
   for_all_rows(parallel, region, [&](int64_t at, int64_t column, int64_t columns, int64_t row) RENORM_LAMBDA {
-    if (MASKED && !mask[row]) {
+    if (mask && !mask[row]) {
       __builtin_memset(problem.dx + at, 0, columns * sizeof(T));
       if (problem.dresidual) __builtin_memset(problem.dresidual + at, 0, columns * sizeof(T));
       return;

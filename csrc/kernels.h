@@ -28,69 +28,62 @@ inline bool has_short_planes(const Shape& shape, bool masked) {
   return examples >= (shape.positions < kVector ? kFewExamples : kManyExamples);
 }
 
-template <class T, class ACT, bool MASKED>
+// How a problem is divided: into units of some channels in an example group, whose sums are of columns or of planes.
+struct Division {
+  const Shape& shape;
+  bool masked, is_columnar;
+  int64_t panels_per_group;
+
+  Division(const Shape& shape, bool masked)
+      : shape(shape), masked(masked), is_columnar(shape.channels_last || has_short_planes(shape, masked)),
+        panels_per_group(shape.channels_last ? 1 : panels(shape)) {}
+  int64_t units() const { return shape.groups() * panels_per_group; }
+  int64_t group(int64_t unit) const { return unit / panels_per_group; }
+  int64_t panel(int64_t unit) const { return unit % panels_per_group; }
+  Region region(int64_t unit) const {
+    return shape.channels_last ? rows_of_positions(shape, unit, masked) : rows_of_examples(shape, group(unit), panel(unit));
+  }
+};
+
+// Loops over planes under a mask are compiled for all activations at once.
+template <class T, class ACT>
 void run(const Forward<T>& problem) {
-  const Shape& shape = problem.shape;
-  if (shape.channels_last) {
-    for_units(problem.parallel, shape.groups(), shape.elements(), [&](int64_t g, const Parallel& parallel) {
-      forward_region<T, ACT, MASKED>(problem, parallel, g, rows_of_positions(shape, g, MASKED));
-    });
-    return;
-  }
-  if (problem.rule.source == Source::running && shape.positions >= kVector)
-    return forward_planes<T, ACT, MASKED>(problem);
-  if (has_short_planes(shape, MASKED)) {
-    const int64_t count = panels(shape);
-    for_units(problem.parallel, shape.groups() * count, shape.elements(), [&](int64_t unit, const Parallel& parallel) {
-      forward_region<T, ACT, false>(problem, parallel, unit / count, rows_of_examples(shape, unit / count, unit % count));
-    });
-    return;
-  }
-  const int64_t count = panels(shape);
-  for_units(problem.parallel, shape.groups() * count, shape.elements(), [&](int64_t unit, const Parallel& parallel) {
-    forward_planar_unit<T, ACT, MASKED>(problem, parallel, unit / count, unit % count);
+  const Division division(problem.shape, problem.mask);
+  if (!division.is_columnar && problem.rule.source == Source::running && problem.shape.positions >= kVector)
+    return problem.mask ? forward_planes<T, Any, true>(problem) : forward_planes<T, ACT, false>(problem);
+  for_units(problem.parallel, division.units(), problem.shape.elements(), [&](int64_t unit, const Parallel& parallel) {
+    const int64_t g = division.group(unit), panel = division.panel(unit);
+    if (division.is_columnar) forward_region<T, ACT>(problem, parallel, g, division.region(unit));
+    else if (problem.mask) forward_planar_unit<T, Any, true>(problem, parallel, g, panel);
+    else forward_planar_unit<T, ACT, false>(problem, parallel, g, panel);
   });
 }
 
-template <class T, class ACT, bool MASKED>
+template <class T, class ACT>
 void run(const Backward<T>& problem) {
-  const Shape& shape = problem.shape;
-  const int64_t groups = shape.groups(), channels = shape.channels;
+  const Division division(problem.shape, problem.mask);
+  const int64_t groups = problem.shape.groups(), channels = problem.shape.channels;
   Buffer<double> gradients(2 * groups * channels);  // of weight and bias, for every group
   const auto dweight = [&](int64_t g) { return gradients.data + g * channels; };
   const auto dbias = [&](int64_t g) { return gradients.data + (groups + g) * channels; };
-  if (shape.channels_last) {
-    for_units(problem.parallel, groups, shape.elements(), [&](int64_t g, const Parallel& parallel) {
-      backward_region<T, ACT, MASKED>(problem, parallel, g, rows_of_positions(shape, g, MASKED), dweight(g), dbias(g));
-    });
-  } else if (has_short_planes(shape, MASKED)) {
-    const int64_t count = panels(shape);
-    for_units(problem.parallel, groups * count, shape.elements(), [&](int64_t unit, const Parallel& parallel) {
-      const int64_t g = unit / count;
-      backward_region<T, ACT, false>(problem, parallel, g, rows_of_examples(shape, g, unit % count), dweight(g), dbias(g));
-    });
-  } else {
-    const int64_t count = panels(shape);
-    for_units(problem.parallel, groups * count, shape.elements(), [&](int64_t unit, const Parallel& parallel) {
-      const int64_t g = unit / count;
-      backward_planar_unit<T, ACT, MASKED>(problem, parallel, g, unit % count, dweight(g), dbias(g));
-    });
-  }
+  for_units(problem.parallel, division.units(), problem.shape.elements(), [&](int64_t unit, const Parallel& parallel) {
+    const int64_t g = division.group(unit), panel = division.panel(unit);
+    if (division.is_columnar)
+      backward_region<T, ACT>(problem, parallel, g, division.region(unit), dweight(g), dbias(g));
+    else if (problem.mask) backward_planar_unit<T, Any, true>(problem, parallel, g, panel, dweight(g), dbias(g));
+    else backward_planar_unit<T, ACT, false>(problem, parallel, g, panel, dweight(g), dbias(g));
+  });
   for (int64_t g = 1; g < groups; ++g)
     for (int64_t c = 0; c < channels; ++c) dweight(0)[c] += dweight(g)[c], dbias(0)[c] += dbias(g)[c];
   for (int64_t c = 0; c < channels; ++c) problem.dweight[c] = dweight(0)[c], problem.dbias[c] = dbias(0)[c];
 }
 
-template <class P, class ACT>
-void with_act(const P& problem) {
-  return problem.mask ? run<typename P::Element, ACT, true>(problem) : run<typename P::Element, ACT, false>(problem);
-}
-
 template <class P>
 void run(const P& problem) {
-  if (problem.act == Act::none) return with_act<P, Fixed<Act::none>>(problem);
-  if (problem.act == Act::relu) return with_act<P, Fixed<Act::relu>>(problem);
-  return with_act<P, Other>(problem);
+  using T = typename P::Element;
+  if (problem.act == Act::none) return run<T, Fixed<Act::none>>(problem);
+  if (problem.act == Act::relu) return run<T, Fixed<Act::relu>>(problem);
+  return run<T, Any>(problem);
 }
 
 #ifndef RENORM_PROBLEM

@@ -1,3 +1,6 @@
+#if defined(__x86_64__) && !defined(__clang__)
+#pragma GCC optimize("O1")  // for processors of before 2013 there, which are not worth a fifth of the time to build
+#endif
 #include "moments.h"
 
 #define RENORM_ISA baseline

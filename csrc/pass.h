@@ -65,12 +65,12 @@ RENORM_INLINE void apply_run(const Forward<T>& problem, int64_t at, int64_t mask
   const T *x = problem.x + at, *residual = problem.residual ? problem.residual + at : nullptr;
   T* y = problem.y + at;
   const bool past_cache = passes_cache(problem.past_cache, problem.y, at, length);
-  for_run<A>(length, before_aligned<A>(at), [&](int64_t i, auto lanes) RENORM_LAMBDA {
+  for_run<A>(length, before_aligned<A>(at, length), [&](int64_t i, auto lanes) RENORM_LAMBDA {
     const AffineAt<A> by = affine.at(i, lanes);
     Vector<A> z = (lanes.load(x + i) - by.center) * by.scale;
     z += by.offset;
     if (residual) z += lanes.load(residual + i);
-    z = activate<A>(act.get(), z);
+    z = act.template forward<A>(z);
     if constexpr (MASKED) z = lanes.load_mask(mask + i) ? z : Vector<A>{};
     lanes.store(y + i, z, past_cache);
     if (ahead) fetch(x + ahead + i);
@@ -110,7 +110,7 @@ struct Streams {
         z += by.offset;
         if (residual) z += lanes.load(residual + i);
       }
-      g = backpropagate<A>(act.get(), g, z);
+      g = act.template backward<A>(g, z);
     }
     if constexpr (MASKED) {
       const Mask<A> counted = lanes.load_mask(mask + i);
@@ -136,7 +136,7 @@ RENORM_INLINE void differentiate_run(const Backward<T>& problem, int64_t at, int
   const Streams<T, ACT, MASKED> streams(problem, at, mask_at);
   T *dx = problem.dx + at, *dresidual = problem.dresidual ? problem.dresidual + at : nullptr;
   const bool past_cache = passes_cache(problem.past_cache, problem.dx, at, length);
-  for_run<A>(length, before_aligned<A>(at), [&](int64_t i, auto lanes) RENORM_LAMBDA {
+  for_run<A>(length, before_aligned<A>(at, length), [&](int64_t i, auto lanes) RENORM_LAMBDA {
     const Pair<A> pair = streams.pair_at(i, lanes, affine.at(i, lanes));
     Vector<A> value = pair.centered * slopes.centered.at(i, lanes) + slopes.constant.at(i, lanes);
     value += pair.gradient * slopes.gradient.at(i, lanes);

@@ -31,6 +31,7 @@ struct Piece {
       Vector<A> sums[2][N] = {};
       body(c, at, mask_at, sums);
       const bool is_first = at < row(begin + 1);
+#pragma GCC unroll 3
       for (int i = 0; i < N; ++i) totals[c][i] = is_first ? sums[0][i] + sums[1][i] : totals[c][i] + (sums[0][i] + sums[1][i]);
     });
   }
@@ -101,13 +102,13 @@ void sample(const Forward<T>& problem, const Piece& piece, Accumulation<T>* to) 
 
 // Sums of x - shift and of its square over the channels of a piece.
 template <class T, bool MASKED>
-RENORM_INLINE void sum_deviations(const Forward<T>& problem, const Piece& piece, const Accumulation<T>* shift,
+__attribute__((noinline)) void sum_deviations(const Forward<T>& problem, const Piece& piece, const Accumulation<T>* shift,
                                   Accumulation<T>* sums, Accumulation<T>* squares) {
   using A = Accumulation<T>;
   Vector<A> totals[Unit::kMostChannels][2];
   piece.sum_runs<2, A>(totals, [&](int64_t c, int64_t at, [[maybe_unused]] int64_t mask_at, Vector<A>(&sums)[2][2]) RENORM_LAMBDA {
     const Vector<A> shifts = broadcast(shift[c]);
-    reduce_run<2, A>(piece.length, before_aligned<A>(at), sums, [&](int64_t i, auto lanes, Vector<A>(&sum)[2]) RENORM_LAMBDA {
+    reduce_run<2, A>(piece.length, before_aligned<A>(at, piece.length), sums, [&](int64_t i, auto lanes, Vector<A>(&sum)[2]) RENORM_LAMBDA {
       Vector<A> value = lanes.own(lanes.load(problem.x + at + i) - shifts);
       if constexpr (MASKED) value = lanes.load_mask(problem.mask + mask_at + i) ? value : Vector<A>{};
       sum[0] += value;
@@ -172,30 +173,30 @@ void settle_unit(const Forward<T>& problem, const Parallel& parallel, const Unit
 }
 
 template <class T, class ACT, bool MASKED>
+void apply_piece(const Forward<T>& problem, const Piece& piece, int64_t g, int64_t ahead) {
+  piece.for_runs([&](int64_t c, int64_t at, int64_t mask_at) RENORM_LAMBDA {
+    const int64_t channel = g * problem.shape.channels + piece.channel + c;
+    apply_run<T, ACT, MASKED>(problem, at, mask_at, piece.length, affine_at(problem.coefficients, channel), ahead);
+  });
+}
+
+template <class T, class ACT, bool MASKED>
 void forward_planar_unit(const Forward<T>& problem, const Parallel& parallel, int64_t g, int64_t panel) {
-  using A = Accumulation<T>;
   const Unit unit(problem.shape, g, panel);
   settle_unit<T, MASKED>(problem, parallel, unit);
   const int64_t ahead = unit.ahead(sizeof(T));
-  for_pieces(parallel, unit.pieces(), unit.elements(), [&](int64_t i) {
-    const Piece piece = unit.piece(i);
-    piece.for_runs([&](int64_t c, int64_t at, int64_t mask_at) RENORM_LAMBDA {
-      const Affine<A, Same> affine = affine_at(problem.coefficients, g * problem.shape.channels + piece.channel + c);
-      apply_run<T, ACT, MASKED>(problem, at, mask_at, piece.length, affine, ahead);
-    });
-  });
+  for_pieces(parallel, unit.pieces(), unit.elements(),
+             [&](int64_t i) { apply_piece<T, ACT, MASKED>(problem, unit.piece(i), g, ahead); });
 }
 
 // By the running statistics, which need no pass of their own: plane after plane, in the order of memory.
 template <class T, class ACT, bool MASKED>
 void forward_planes(const Forward<T>& problem) {
-  using A = Accumulation<T>;
   const Shape& shape = problem.shape;
   settle(problem, 0, 0, shape.channels, nullptr);
   for_pieces(problem.parallel, shape.examples * shape.channels, shape.elements(), [&](int64_t plane) {
-    const Affine<A, Same> affine = affine_at(problem.coefficients, plane % shape.channels);
-    apply_run<T, ACT, MASKED>(problem, plane * shape.positions, plane / shape.channels * shape.positions,
-                              shape.positions, affine);
+    const int64_t n = plane / shape.channels, c = plane % shape.channels;
+    apply_piece<T, ACT, MASKED>(problem, {shape, n, n + 1, c, 1, 0, shape.positions}, 0, 0);
   });
 }
 
@@ -206,7 +207,7 @@ void sums_of_piece(const Backward<T>& problem, const Piece& piece, int64_t first
   piece.sum_runs<3, A>(totals, [&](int64_t c, int64_t at, int64_t mask_at, Vector<A>(&sums)[2][3]) RENORM_LAMBDA {
     const Affine<A, Same> affine = affine_at(problem.coefficients, first + c);
     const Streams<T, ACT, MASKED> streams(problem, at, mask_at);
-    reduce_run<3, A>(piece.length, before_aligned<A>(at), sums, [&](int64_t i, auto lanes, Vector<A>(&sum)[3]) RENORM_LAMBDA {
+    reduce_run<3, A>(piece.length, before_aligned<A>(at, piece.length), sums, [&](int64_t i, auto lanes, Vector<A>(&sum)[3]) RENORM_LAMBDA {
       const Pair<A> pair = streams.pair_at(i, lanes, affine.at(i, lanes));
       const Vector<A> gradient = lanes.own(pair.gradient), centered = lanes.own(pair.centered);
       sum[0] += gradient;

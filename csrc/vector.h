@@ -185,9 +185,12 @@ struct Partial {
 };
 
 // How many elements a run that begins at offset `at` has before the next whole vector of its tensor: what is aligned is
-// read and written a cache line at a time.
+// read and written a cache line at a time. In short runs that saves nothing.
 template <class A>
-RENORM_INLINE int64_t before_aligned(int64_t at) { return -at & (kLanes<A> - 1); }
+RENORM_INLINE int64_t before_aligned(int64_t at, int64_t length) {
+  constexpr int64_t kShort = 64;
+  return length < kShort ? 0 : -at & (kLanes<A> - 1);
+}
 
 // Calls body(i, lanes) for every vector of a run of `length` elements, of which `head` come before what is aligned.
 template <class A, class F>
@@ -196,10 +199,11 @@ RENORM_INLINE void for_run(int64_t length, int64_t head, F&& body) {
     if (length > 0) body(0, Partial<A>{length});
     return;
   }
-  if (head > 0) body(0, Overlapping<A>(0, head));
   int64_t i = head;
   for (; i + kLanes<A> <= length; i += kLanes<A>) body(i, Whole<A>{});
-  if (i < length) body(length - kLanes<A>, Overlapping<A>(i + kLanes<A> - length, kLanes<A>));
+  const int64_t tail = length - i;
+  for (int64_t end = head > 0 ? 0 : 1; end < (tail > 0 ? 2 : 1); ++end)  // of both, so that body is compiled once
+    body(end * (length - kLanes<A>), end == 0 ? Overlapping<A>(0, head) : Overlapping<A>(kLanes<A> - tail, kLanes<A>));
 }
 
 // The same with two sets of N sums, since one set would wait for its own additions: body(i, lanes, sums).
@@ -209,17 +213,18 @@ RENORM_INLINE void reduce_run(int64_t length, int64_t head, Vector<A> (&sums)[2]
     if (length > 0) body(0, Partial<A>{length}, sums[0]);
     return;
   }
-  if (head > 0) body(0, Overlapping<A>(0, head), sums[1]);
   int64_t i = head;
   for (; i + 2 * kLanes<A> <= length; i += 2 * kLanes<A>) {
     body(i, Whole<A>{}, sums[0]);
     body(i + kLanes<A>, Whole<A>{}, sums[1]);
   }
-  if (i + kLanes<A> <= length) {
-    body(i, Whole<A>{}, sums[0]);
-    i += kLanes<A>;
+  // What is left are at most a head, a whole vector and a tail.
+  if (head > 0) body(0, Overlapping<A>(0, head), sums[0]);
+  for (int64_t rest = length - i; rest > 0; rest = length - i) {
+    const int64_t own = rest < kLanes<A> ? rest : kLanes<A>;
+    i += own;
+    body(i - kLanes<A>, Overlapping<A>(kLanes<A> - own, kLanes<A>), sums[1]);
   }
-  if (i < length) body(length - kLanes<A>, Overlapping<A>(i + kLanes<A> - length, kLanes<A>), sums[1]);
 }
 
 #if RENORM_VECTOR_BYTES == 64
@@ -254,13 +259,16 @@ RENORM_INLINE Vector<A> add_neighbours(Vector<A> a, Vector<A> b) {
 
 // sums[c] = the sum of the lanes of vectors[c][which], a vector of sums at a time.
 template <class A, int STRIDE, class S>
-RENORM_INLINE void sum_lanes(const Vector<A> (*vectors)[STRIDE], int which, int64_t count, S* sums) {
+__attribute__((noinline)) void sum_lanes(const Vector<A> (*vectors)[STRIDE], int which, int64_t count, S* sums) {
   constexpr int64_t kFew = kLanes<A> / 4;
   int64_t c = 0;
   for (; c + kFew < count; c += kLanes<A>) {
     Vector<A> level[kLanes<A>];
+#pragma GCC unroll 16
     for (int64_t i = 0; i < kLanes<A>; ++i) level[i] = c + i < count ? vectors[c + i][which] : Vector<A>{};
+#pragma GCC unroll 4
     for (int64_t width = kLanes<A> / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
       for (int64_t i = 0; i < width; ++i) level[i] = add_neighbours<A>(level[2 * i], level[2 * i + 1]);
     for (int64_t i = 0; i < kLanes<A> && c + i < count; ++i) sums[c + i] = level[0][i];
   }
