@@ -62,6 +62,8 @@ def test_a_model_computes_the_same_fused(
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             nn.init.uniform_(module.weight, 0.5, 1.0)  # some models start residual branches at 0
+            # At a mean of 0, what ReLU has set to 0 stays there within limits: at a kink, where rounding decides.
+            nn.init.normal_(module.running_mean, std=0.1)
     report = check_same(model, batch(2, 3, size, size))
     assert Counter((row.adds, row.act) for row in report.fused) == expected
     assert len(report.fused) + len(report.not_fused) == len(report.replaced)
