@@ -135,14 +135,15 @@ RENORM_INLINE void differentiate_run(const Backward<T>& problem, int64_t at, int
   using A = Accumulation<T>;
   const Streams<T, ACT, MASKED> streams(problem, at, mask_at);
   T *dx = problem.dx + at, *dresidual = problem.dresidual ? problem.dresidual + at : nullptr;
-  const bool past_cache = passes_cache(problem.past_cache, problem.dx, at, length);
+  const bool past_cache = passes_cache(problem.past_cache, problem.dx, at, length) &&
+                          (!dresidual || is_aligned(problem.dresidual));
   for_run<A>(length, before_aligned<A>(at, length), [&](int64_t i, auto lanes) RENORM_LAMBDA {
     const Pair<A> pair = streams.pair_at(i, lanes, affine.at(i, lanes));
     Vector<A> value = pair.centered * slopes.centered.at(i, lanes) + slopes.constant.at(i, lanes);
     value += pair.gradient * slopes.gradient.at(i, lanes);
     if constexpr (MASKED) value = lanes.load_mask(streams.mask + i) ? value : Vector<A>{};
     lanes.store(dx + i, value, past_cache);
-    if (dresidual) lanes.store(dresidual + i, pair.gradient);
+    if (dresidual) lanes.store(dresidual + i, pair.gradient, past_cache);
     if (ahead) {
       fetch(streams.x + ahead + i);
       fetch(streams.dy + ahead + i);

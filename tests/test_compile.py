@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import fresh_inductor_cache, run_and_get_code
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import renorm
@@ -127,6 +129,23 @@ def test_a_batch_that_is_not_finite_is_skipped_in_compiled_code_too() -> None:
         fast(batch)
     assert (layer.num_batches_tracked, layer.num_batches_skipped) == (2, 2)
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="only oneDNN's convolutions choose a layout")
+def test_compiled_convolutions_hand_their_layout_on() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 1), renorm.BatchRenorm2d(16, act="relu"), nn.Conv2d(16, 16, 1))
+    # Under fresh caches: torch's key of a graph does not see what operations say of layouts.
+    with fresh_inductor_cache():
+        compiled = torch.compile(model, fullgraph=True)
+        y, code = run_and_get_code(compiled, torch.randn(4, 16, 8, 8, requires_grad=True))
+        y.sum().backward()
+    _, *calls = code[0].split("torch.ops.renorm.normalize.default(")
+    if not calls:
+        pytest.skip("without kernels the compiler makes loops of the layer")
+    strides = re.search(r"assert_size_stride\(\w+, \(4, 16, 8, 8\), \(([\d, ]+)\)", calls[0])
+    assert strides is not None
+    assert strides[1] == "1024, 1, 128, 16"
 
 
 def test_a_model_compiles_in_whole() -> None:

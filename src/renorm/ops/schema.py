@@ -260,7 +260,8 @@ def _imported_at_first_call(module: str, function: str, arguments: Any) -> Calla
 def _define() -> torch.library.Library:
     library = torch.library.Library("renorm", "FRAGMENT")
     for name, signature in _SIGNATURES.items():
-        library.define(name + signature)
+        # The kernels take memory as it lies: a compiler that chose channels_last need not copy to what it traced.
+        library.define(name + signature, tags=(torch.Tag.flexible_layout,))
     return library
 
 
