@@ -61,6 +61,7 @@ sanitize: ## the C++ kernels' own tests, plain and under the address, undefined-
 	$(MAKE) -s -C csrc/tests all
 
 bench: setup ## about an hour; then the tables and figures of docs/benchmarks.md
+	-$(INSTALL) onednn-cpu-gomp # to compare with, where it is to be had
 	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/memory.py

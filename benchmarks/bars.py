@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import contenders as c
 from csvfiles import Row
-from ratios import Ratio, mean, ratios, select, worst
+from ratios import Ratio, between_threads, mean, ratios, select, worst
 from shapes import LAYOUTS
 
-_LARGE_MB, _COPY_BOUND_MB = 1, 100
+_LARGE_MB, _SPEED_UP_MB, _COPY_BOUND_MB = 1, 8, 100
 _BARRED_THREADS = (1, 2)
 
 
@@ -57,6 +57,8 @@ def all_bars(layers: list[Row], models: list[Row], memory: list[Row], workers: l
     return [
         *_against_batch_norm(training),
         *_each_shape(training),
+        *_against_onednn(training),
+        *_two_threads(select(kept, mode="train", variant="norm")),
         _mean_bar("BatchRenorm2d / plain code", 0.08, ratios(_alone(training), c.OURS, c.PLAIN)),
         *_against_copy(select(kept, mode="train", direction="forward", variant="norm")),
         *_models(select(models, allocator="kept", threads=1)),
@@ -99,7 +101,26 @@ def _each_shape(training: list[Row]) -> Iterator[Bar]:
     large = [ratio for ratio in barred if float(ratio.row["megabytes"]) >= _LARGE_MB]
     small = [ratio for ratio in barred if float(ratio.row["megabytes"]) < _LARGE_MB]
     yield _worst_bar("any input of 1 MB or more, 1 or 2 threads", 1.00, large)
+    alone = [ratio for ratio in large if ratio.row["threads"] == 1 and ratio.row["layout"] == "channels_last"]
+    yield _worst_bar("any input of 1 MB or more, channels_last, 1 thread", 0.95, alone)
     yield _worst_bar("any smaller input, 1 or 2 threads", 1.50, small)
+
+
+def _against_onednn(training: list[Row]) -> Iterator[Bar]:
+    for variant in ("norm", "norm+relu"):
+        rows = select(training, variant=variant, threads=1)
+        values = ratios(rows, c.OURS, c.ONEDNN)
+        yield _mean_bar(f"BatchRenorm2d / oneDNN, {variant}, channels_last", 1.00, values)
+
+
+def _two_threads(rows: list[Row]) -> Iterator[Bar]:
+    """By the least of the rounds, which is the code's; the median is the machine's too."""
+    large = [row for row in rows if float(row["megabytes"]) > _SPEED_UP_MB]
+    for layout in LAYOUTS:
+        values = between_threads(select(large, layout=layout, direction="both"), c.OURS)
+        others = mean(between_threads(select(large, layout=layout, direction="forward"), c.COPY))
+        remark = f"mean of {len(values)}; worst {worst(values)}; a copy {others:.2f}" if others and values else ""
+        yield Bar(f"BatchRenorm2d, 2 threads / 1, over {_SPEED_UP_MB} MB, {layout}", 0.625, mean(values), remark)
 
 
 def _against_copy(forward: list[Row]) -> Iterator[Bar]:
@@ -129,6 +150,9 @@ def _compiled(layers: list[Row], models: list[Row]) -> Iterator[Bar]:
 def _groupings(alone: list[Row]) -> Iterator[Bar]:
     for grouping in (c.OUR_GHOST, c.OUR_BATCH_GROUP, c.OUR_GROUP):
         yield _mean_bar(f"{grouping} / {c.OUR_BATCH}", 1.15, ratios(alone, grouping, c.OUR_BATCH))
+    for layout, limit in zip(LAYOUTS, (0.95, 0.50), strict=True):
+        values = ratios(select(alone, layout=layout), c.OUR_GROUP, c.GROUP_NORM)
+        yield _mean_bar(f"{c.OUR_GROUP} / {c.GROUP_NORM}, {layout}", limit, values)
 
 
 def _memory(rows: list[Row]) -> Bar:

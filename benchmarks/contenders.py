@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import onednn
 import renorm
 
 BATCH_NORM, BATCH_NORM_COMPILED = "nn.BatchNorm2d", "nn.BatchNorm2d compiled"
 PLAIN, PLAIN_COMPILED = "plain code", "plain code compiled"
 GROUP_NORM = "nn.GroupNorm"
 COPY = "copy"
+ONEDNN = "oneDNN"
 OURS, OUR_BATCH, OUR_GHOST = "BatchRenorm2d", "BatchNorm2d", "GhostBatchNorm2d"
 OUR_BATCH_GROUP, OUR_GROUP = "BatchGroupNorm2d", "BatchGroupNorm2d, 1 example"
 OURS_FUSED = "BatchRenorm2d, fused"
@@ -119,6 +121,8 @@ EAGER: dict[str, Make] = {
     GROUP_NORM: _composed(lambda channels: nn.GroupNorm(_GROUPS, channels)),
     OURS: _ours,
 }
+# In the layout that it is made for; elsewhere it is not what anybody would run.
+ANCHOR: dict[str, Make] = {ONEDNN: onednn.OneDnnBatchNorm2d} if onednn.available() else {}
 COMPILED: dict[str, Make] = {
     BATCH_NORM_COMPILED: compiled(_batch_norm),
     PLAIN_COMPILED: compiled(_plain),

@@ -92,6 +92,8 @@ def makers(case: Case, setting: Setting) -> dict[str, contenders.Make]:
     if case.mode == "eval":
         return contenders.EVALUATED
     chosen = dict(contenders.EAGER)
+    if case.layout == "channels_last" and "residual" not in case.variant:
+        chosen |= contenders.ANCHOR
     if case.variant == "norm" and setting.threads == 1:
         chosen |= contenders.GROUPINGS
     # Only there, since each takes seconds to compile.

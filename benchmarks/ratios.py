@@ -64,6 +64,25 @@ def ratios(rows: list[Row], above: str, below: str, column: str = "median_ms") -
     ]
 
 
+def between_threads(rows: list[Row], contender: str) -> list[Ratio]:
+    """A contender's least time with two threads over that with one, case by case.
+
+    Args:
+        rows: of one direction.
+        contender: whose.
+
+    Returns:
+        A ratio for each case that was measured with both.
+    """
+    two, one = (select(rows, contender=contender, threads=threads) for threads in (2, 1))
+    singles = {_case(row | {"threads": 2}): row for row in one}
+    return [
+        Ratio(float(row["least_ms"]) / float(singles[_case(row)]["least_ms"]), row)
+        for row in two
+        if _case(row) in singles
+    ]
+
+
 def mean(values: Iterable[Ratio]) -> float | None:
     """The geometric mean.
 

@@ -10,7 +10,7 @@ from csvfiles import Row
 from ratios import Ratio, mean, ratios, select
 from shapes import LAYOUTS
 
-_EAGER = (c.PLAIN, c.GROUP_NORM, c.OURS)
+_EAGER = (c.PLAIN, c.GROUP_NORM, c.ONEDNN, c.OURS)
 _ALL = (c.BATCH_NORM_COMPILED, c.PLAIN, c.PLAIN_COMPILED, c.GROUP_NORM, c.OURS, c.OURS_COMPILED)
 _EVERYWHERE = ("norm", "norm+relu")  # the variants that all inputs are measured with
 _MISSING = "-"

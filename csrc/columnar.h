@@ -105,14 +105,12 @@ struct Columns {
     for (int64_t j = 0; j < region.width; ++j) moments.mean[j] = moments.m2[j] = 0;
   }
 
-  // Shifts by the first row that counts.
+  // Shifts by the mean of the first rows.
   void start(int64_t begin, int64_t end) {
-    if (const uint8_t* mask = region.mask(problem))
-      while (begin < end && !mask[begin]) ++begin;
-    const T* from = problem.x + region.offset + begin * region.stride;
-    for_run<A>(begin < end ? region.width : 0, 0, [&](int64_t i, auto lanes) RENORM_LAMBDA {
-      lanes.store(shift.data + i, lanes.load(from + i));
-    });
+    constexpr int64_t kSample = 4;
+    for (int64_t j = 0; j < region.width; ++j) shift[j] = 0;
+    const int64_t counted = sum(begin, begin + kSample < end ? begin + kSample : end);
+    for (int64_t j = 0; counted && j < region.width; ++j) shift[j] = sums[j] / A(counted);
   }
 
   // Sums over rows, and how many of them counted.

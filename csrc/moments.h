@@ -28,12 +28,12 @@ struct Moments {
   }
 };
 
-// Whether sums of x - shift and of its square lost more than a digit, the mean being `drift` away: seen from the
-// deviations, or, where these are nothing but rounding, from the shift.
+// Whether sums of x - shift and of its square lost digits, the mean being `drift` away: seen from the deviations, or,
+// where these are nothing but rounding, from the shift.
 template <class A>
 bool strays(A drift, A var, A shift) {
   constexpr A kRounding = A(1e-12);  // relative, squared
-  return drift * drift > 16 * var + kRounding * shift * shift;
+  return drift * drift > 4 * var + kRounding * shift * shift;
 }
 
 }  // namespace renorm

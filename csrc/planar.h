@@ -89,21 +89,28 @@ int64_t count_of(const Forward<T>& problem, const Piece& piece) {
   return counted;
 }
 
-// To sum the deviations from: the channels' first element that counts.
+// To sum the deviations from: the mean of each channel's first elements that count. Few are as good as many: what
+// matters is to be some standard deviations away at most.
 template <bool MASKED, class T>
 void sample(const Forward<T>& problem, const Piece& piece, Accumulation<T>* to) {
-  int64_t n = piece.begin, i = 0;
-  if constexpr (MASKED)
-    while (n < piece.end && !problem.mask[piece.mask_row(n) + i])
-      if (++i == piece.length) ++n, i = 0;
-  for (int64_t c = 0; c < piece.channels; ++c)
-    to[c] = n < piece.end ? value_of(problem.x[piece.row(n) + c * problem.shape.positions + i]) : 0;
+  constexpr int64_t kFew = 4;
+  const int64_t first = piece.row(piece.begin);
+  int64_t offsets[kFew], count = 0;
+  for (int64_t n = piece.begin; n < piece.end && count < kFew; ++n)
+    for (int64_t i = 0; i < piece.length && count < kFew; ++i)
+      if (!MASKED || problem.mask[piece.mask_row(n) + i]) offsets[count++] = piece.row(n) - first + i;
+  for (int64_t c = 0; c < piece.channels; ++c) {
+    const T* x = problem.x + first + c * problem.shape.positions;
+    Accumulation<T> total = 0;
+    for (int64_t i = 0; i < count; ++i) total += value_of(x[offsets[i]]);
+    to[c] = count ? total / Accumulation<T>(count) : 0;
+  }
 }
 
 // Sums of x - shift and of its square over the channels of a piece.
 template <class T, bool MASKED>
 __attribute__((noinline)) void sum_deviations(const Forward<T>& problem, const Piece& piece, const Accumulation<T>* shift,
-                                  Accumulation<T>* sums, Accumulation<T>* squares) {
+                                  double* sums, double* squares) {
   using A = Accumulation<T>;
   Vector<A> totals[Unit::kMostChannels][2];
   piece.sum_runs<2, A>(totals, [&](int64_t c, int64_t at, [[maybe_unused]] int64_t mask_at, Vector<A>(&sums)[2][2]) RENORM_LAMBDA {
@@ -123,7 +130,8 @@ __attribute__((noinline)) void sum_deviations(const Forward<T>& problem, const P
 template <class T, bool MASKED>
 void moments_of_piece(const Forward<T>& problem, const Piece& piece, Moments& moments) {
   using A = Accumulation<T>;
-  A shift[Unit::kMostChannels], sums[Unit::kMostChannels], squares[Unit::kMostChannels];
+  A shift[Unit::kMostChannels];
+  double sums[Unit::kMostChannels], squares[Unit::kMostChannels];
   moments.count = count_of<MASKED>(problem, piece);
   const double share = moments.count > 0 ? 1 / moments.count : 0;
   bool strayed = false;

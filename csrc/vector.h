@@ -227,23 +227,6 @@ RENORM_INLINE void reduce_run(int64_t length, int64_t head, Vector<A> (&sums)[2]
   }
 }
 
-#if RENORM_VECTOR_BYTES == 64
-template <class A>
-RENORM_INLINE A sum_of_lanes(Vector<A> value) {
-  if constexpr (sizeof(A) == sizeof(float)) return _mm512_reduce_add_ps((__m512)value);
-  return _mm512_reduce_add_pd((__m512d)value);
-}
-#else
-template <class A>
-RENORM_INLINE A sum_of_lanes(Vector<A> value) {
-  A lanes[kLanes<A>];
-  store(lanes, value);
-  for (int64_t width = kLanes<A> / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
-}
-#endif
-
 // The sums of neighbouring lanes: of a, then of b.
 template <class A>
 RENORM_INLINE Vector<A> add_neighbours(Vector<A> a, Vector<A> b) {
@@ -257,22 +240,29 @@ RENORM_INLINE Vector<A> add_neighbours(Vector<A> a, Vector<A> b) {
 #endif
 }
 
+// The lanes of a vector in double, added up to half as many where they were single.
+RENORM_INLINE Vector<double> widened(const Vector<double>& value) { return value; }
+RENORM_INLINE Vector<double> widened(const Vector<float>& value) {
+  typedef float Half __attribute__((vector_size(RENORM_VECTOR_BYTES / 2)));
+  Half halves[2];
+  __builtin_memcpy(halves, &value, sizeof(value));
+  return __builtin_convertvector(halves[0], Vector<double>) + __builtin_convertvector(halves[1], Vector<double>);
+}
+
 // sums[c] = the sum of the lanes of vectors[c][which], a vector of sums at a time.
-template <class A, int STRIDE, class S>
-__attribute__((noinline)) void sum_lanes(const Vector<A> (*vectors)[STRIDE], int which, int64_t count, S* sums) {
-  constexpr int64_t kFew = kLanes<A> / 4;
-  int64_t c = 0;
-  for (; c + kFew < count; c += kLanes<A>) {
-    Vector<A> level[kLanes<A>];
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kLanes<A>; ++i) level[i] = c + i < count ? vectors[c + i][which] : Vector<A>{};
-#pragma GCC unroll 4
-    for (int64_t width = kLanes<A> / 2; width > 0; width /= 2)
+template <class A, int STRIDE>
+__attribute__((noinline)) void sum_lanes(const Vector<A> (*vectors)[STRIDE], int which, int64_t count, double* sums) {
+  constexpr int64_t kMany = kLanes<double>;
+  for (int64_t c = 0; c < count; c += kMany) {
+    Vector<double> level[kMany];
 #pragma GCC unroll 8
-      for (int64_t i = 0; i < width; ++i) level[i] = add_neighbours<A>(level[2 * i], level[2 * i + 1]);
-    for (int64_t i = 0; i < kLanes<A> && c + i < count; ++i) sums[c + i] = level[0][i];
+    for (int64_t i = 0; i < kMany; ++i) level[i] = c + i < count ? widened(vectors[c + i][which]) : Vector<double>{};
+#pragma GCC unroll 3
+    for (int64_t width = kMany / 2; width > 0; width /= 2)
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < width; ++i) level[i] = add_neighbours<double>(level[2 * i], level[2 * i + 1]);
+    for (int64_t i = 0; i < kMany && c + i < count; ++i) sums[c + i] = level[0][i];
   }
-  for (; c < count; ++c) sums[c] = sum_of_lanes<A>(vectors[c][which]);
 }
 
 // Memory for a call; not std::vector, whose code one instruction set would compile for all.
