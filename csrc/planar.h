@@ -40,7 +40,7 @@ struct Piece {
 // A unit and how it is cut. The cut depends on the shape alone, so the result does not depend on the number of threads.
 struct Unit {
   static constexpr int64_t kElements = 4096;   // of a channel, in one sum: float holds it well
-  static constexpr int64_t kMostChannels = 64;  // of a piece, whole vectors of them
+  static constexpr int64_t kMostChannels = 64;  // of a piece
   static constexpr int64_t kFetchedBytes = 512 * 1024;  // of a unit, beyond which the next one finds no room in the cache
   const Shape& shape;
   int64_t group, first, last;             // examples
@@ -109,8 +109,8 @@ void sample(const Forward<T>& problem, const Piece& piece, Accumulation<T>* to) 
 
 // Sums of x - shift and of its square over the channels of a piece.
 template <class T, bool MASKED>
-__attribute__((noinline)) void sum_deviations(const Forward<T>& problem, const Piece& piece, const Accumulation<T>* shift,
-                                  double* sums, double* squares) {
+__attribute__((noinline)) void sum_deviations(const Forward<T>& problem, const Piece& piece,
+                                              const Accumulation<T>* shift, double* sums, double* squares) {
   using A = Accumulation<T>;
   Vector<A> totals[Unit::kMostChannels][2];
   piece.sum_runs<2, A>(totals, [&](int64_t c, int64_t at, [[maybe_unused]] int64_t mask_at, Vector<A>(&sums)[2][2]) RENORM_LAMBDA {
