@@ -101,8 +101,8 @@ def _each_shape(training: list[Row]) -> Iterator[Bar]:
     large = [ratio for ratio in barred if float(ratio.row["megabytes"]) >= _LARGE_MB]
     small = [ratio for ratio in barred if float(ratio.row["megabytes"]) < _LARGE_MB]
     yield _worst_bar("any input of 1 MB or more, 1 or 2 threads", 1.00, large)
-    alone = [ratio for ratio in large if ratio.row["threads"] == 1 and ratio.row["layout"] == "channels_last"]
-    yield _worst_bar("any input of 1 MB or more, channels_last, 1 thread", 0.95, alone)
+    single = [ratio for ratio in large if ratio.row["threads"] == 1 and ratio.row["layout"] == "channels_last"]
+    yield _worst_bar("any input of 1 MB or more, channels_last, 1 thread", 0.95, single)
     yield _worst_bar("any smaller input, 1 or 2 threads", 1.50, small)
 
 

@@ -36,7 +36,10 @@ def available() -> bool:
 
 @cache
 def _library() -> Any:
-    return ctypes.CDLL(str(_FILE))
+    library = ctypes.CDLL(str(_FILE))
+    library.dnnl_primitive_desc_query_md.restype = Handle
+    library.dnnl_memory_desc_get_size.restype = ctypes.c_size_t
+    return library
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -86,30 +89,22 @@ class _Plan:
         data = _memory_of(x.shape, x.stride())
         numbers = _memory_of((x.shape[1],), (1,))
         flags = ctypes.c_uint(_SCALE_AND_SHIFT | (_FUSE_RELU if relu else 0))
-        name = "batch_normalization_{}_primitive_desc_create"
-        wide = ctypes.c_float(eps)
-        forward = _made(name.format("forward"), _engine(), _FORWARD, data, data, wide, flags, None)
-        backward = _made(
-            name.format("backward"), _engine(), _BACKWARD, data, data, data, wide, flags, forward, None
-        )  # fmt: skip
+        name, options = "batch_normalization_{}_primitive_desc_create", (ctypes.c_float(eps), flags)
+        forward = _made(name.format("forward"), _engine(), _FORWARD, data, data, *options, None)
+        backward = _made(name.format("backward"), _engine(), _BACKWARD, data, data, data, *options, forward, None)
         common = {_SRC: data, _MEAN: numbers, _VARIANCE: numbers, _SCALE: numbers}
         self.workspace_bytes = 0
         if relu:
-            query = _library().dnnl_primitive_desc_query_md
-            query.restype = Handle
-            common[_WORKSPACE] = Handle(query(forward, _WORKSPACE_OF, 0))
-            size = _library().dnnl_memory_desc_get_size
-            size.restype = ctypes.c_size_t
-            self.workspace_bytes = size(common[_WORKSPACE])
+            common[_WORKSPACE] = Handle(_library().dnnl_primitive_desc_query_md(forward, _WORKSPACE_OF, 0))
+            self.workspace_bytes = _library().dnnl_memory_desc_get_size(common[_WORKSPACE])
         self.forward = _Primitive(forward, {**common, _DST: data, _SHIFT: numbers})
         gradients = {_DIFF_DST: data, _DIFF_SRC: data, _DIFF_SCALE: numbers, _DIFF_SHIFT: numbers}
         self.backward = _Primitive(backward, common | gradients)
 
 
 def _memory_of(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Handle:
-    rank = len(sizes)
-    dims = (ctypes.c_int64 * 12)(*sizes), (ctypes.c_int64 * 12)(*strides)
-    return _made("memory_desc_create_with_strides", rank, dims[0], _FLOAT, dims[1])
+    dims = ctypes.c_int64 * 12  # the most that it knows
+    return _made("memory_desc_create_with_strides", len(sizes), dims(*sizes), _FLOAT, dims(*strides))
 
 
 class _Function(torch.autograd.Function):
@@ -124,7 +119,7 @@ class _Function(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         dx = torch.empty_like(ctx.kept[_SRC])
         dweight, dbias = torch.empty_like(ctx.kept[_SCALE]), torch.empty_like(ctx.kept[_SCALE])
         gradients = {_DIFF_DST: dy, _DIFF_SRC: dx, _DIFF_SCALE: dweight, _DIFF_SHIFT: dbias}

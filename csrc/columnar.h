@@ -47,7 +47,7 @@ struct Region {
   const uint8_t* mask(const P& problem) const { return problem.mask ? problem.mask + mask_offset : nullptr; }
 };
 
-// How far ahead of a row the data are fetched, beyond a page or two: some rows.
+// How far ahead of a row the data are fetched: the whole rows of two pages, or one row.
 inline int64_t fetched_ahead(int64_t stride) {
   constexpr int64_t kFarEnough = 2048;
   return stride >= kFarEnough ? stride : kFarEnough / stride * stride;
@@ -222,7 +222,6 @@ Moments region_moments(const Forward<T>& problem, const Parallel& parallel, cons
   Moments total = moments_of(0);
   for (int64_t segment = 1; segment < segments; ++segment) total.merge(moments_of(segment), width);
   merge_columns(problem, region, total);
-  total.divide(region.channels);
   return total;
 }
 

@@ -1,5 +1,5 @@
 #if defined(__x86_64__) && !defined(__clang__)
-#pragma GCC optimize("O1")  // for processors of before 2013 there, which are not worth a fifth of the time to build
+#pragma GCC optimize("O1")  // for processors of before 2013 there, which are not worth the time to build better
 #endif
 #include "moments.h"
 

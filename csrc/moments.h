@@ -21,11 +21,8 @@ struct Moments {
     }
     count += other.count;
   }
-  // Makes variances of m2: 0 without an element; rounding may leave it just below 0, and NaN stays NaN.
-  void divide(int64_t channels) {
-    const double share = count > 0 ? 1 / count : 0;
-    for (int64_t c = 0; c < channels; ++c) m2[c] = count == 0 || m2[c] < 0 ? 0 : m2[c] * share;
-  }
+  // 0 without an element; rounding may leave m2 just below 0, and NaN stays NaN.
+  double var(int64_t c) const { return count == 0 || m2[c] < 0 ? 0 : m2[c] / count; }
 };
 
 // Whether sums of x - shift and of its square lost digits, the mean being `drift` away: seen from the deviations, or,

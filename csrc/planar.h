@@ -176,7 +176,6 @@ void settle_unit(const Forward<T>& problem, const Parallel& parallel, const Unit
   });
   Moments total = moments_of(0);
   for (int64_t chunk = 1; chunk < unit.chunks; ++chunk) total.merge(moments_of(chunk), channels);
-  total.divide(channels);
   settle(problem, unit.group, unit.channel, channels, &total);
 }
 

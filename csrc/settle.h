@@ -50,14 +50,19 @@ RENORM_INLINE void sum_channels(double* __restrict to, int64_t groups, int64_t k
 }
 
 // Law of total variance over the channels of each group.
-template <class A>
-void merge_channels(const A* mean, const A* var, int64_t groups, int64_t k, double* to_mean, double* to_var) {
+template <class M, class V>
+RENORM_INLINE void merge_channels(double* to_mean, double* to_var, int64_t groups, int64_t k, M&& mean, V&& var) {
   const double each = 1.0 / k;
-  sum_channels(to_mean, groups, k, [&](int64_t c, int64_t) RENORM_LAMBDA { return mean[c] * each; });
+  sum_channels(to_mean, groups, k, [&](int64_t c, int64_t) RENORM_LAMBDA { return mean(c) * each; });
   sum_channels(to_var, groups, k, [&](int64_t c, int64_t j) RENORM_LAMBDA {
-    const double delta = k == 1 ? 0 : mean[c] - to_mean[j];
-    return (var[c] + delta * delta) * each;
+    const double delta = k == 1 ? 0 : mean(c) - to_mean[j];
+    return (var(c) + delta * delta) * each;
   });
+}
+template <class A>
+void merge_running(const Rule<A>& rule, int64_t first, int64_t groups, int64_t k, double* to_mean, double* to_var) {
+  merge_channels(to_mean, to_var, groups, k, [&](int64_t c) RENORM_LAMBDA { return double(rule.running_mean[first + c]); },
+                 [&](int64_t c) RENORM_LAMBDA { return double(rule.running_var[first + c]); });
 }
 
 // Clipping that lets NaN through, as torch.clamp does.
@@ -91,7 +96,7 @@ inline void weigh(double alpha, const double* mean, const double* var, int64_t g
 }
 
 // Writes moments and coefficients of `channels` channels from `first` on, whole channel groups of example group `g`.
-// `batch` holds their means and variances, or null where the source needs none.
+// `batch` are theirs, or null where the source needs none.
 template <class T>
 void settle(const Forward<T>& problem, int64_t g, int64_t first, int64_t channels, const Moments* batch) {
   using A = Accumulation<T>;
@@ -101,13 +106,15 @@ void settle(const Forward<T>& problem, int64_t g, int64_t first, int64_t channel
   const Normalizers by(numbers.data, groups);
   double *mean = numbers.data + Normalizers::rows * groups, *var = mean + groups;
   double *scale = var + groups, *offset = scale + groups;
-  if (batch) merge_channels(batch->mean, batch->m2, groups, k, by.mean, by.var);
+  if (batch)
+    merge_channels(by.mean, by.var, groups, k, [&](int64_t c) RENORM_LAMBDA { return batch->mean[c]; },
+                   [&](int64_t c) RENORM_LAMBDA { return batch->var(c); });
   for (int64_t j = 0; j < groups; ++j) by.r[j] = 1;
   for (int64_t j = 0; j < groups; ++j) by.d[j] = 0;
   if (rule.source == Source::running) {
-    merge_channels(rule.running_mean + first, rule.running_var + first, groups, k, by.mean, by.var);
+    merge_running(rule, first, groups, k, by.mean, by.var);
   } else if (rule.source == Source::renorm || rule.source == Source::weighed) {
-    merge_channels(rule.running_mean + first, rule.running_var + first, groups, k, mean, var);
+    merge_running(rule, first, groups, k, mean, var);
     if (rule.source == Source::renorm) correct(rule, mean, var, groups, by);
     else weigh(batch->count > 0 ? rule.example_weight : 0, mean, var, groups, by);
   } else if (rule.source == Source::given) {
@@ -136,7 +143,7 @@ void settle(const Forward<T>& problem, int64_t g, int64_t first, int64_t channel
   for_channels(to.inverse_sigma + at, groups, k, [&](int64_t, int64_t j) RENORM_LAMBDA { return inverse_sigma[j]; });
   if (!problem.mean) return;
   for_channels(problem.mean + at, channels, 1, [&](int64_t c, int64_t) RENORM_LAMBDA { return batch->mean[c]; });
-  for_channels(problem.var + at, channels, 1, [&](int64_t c, int64_t) RENORM_LAMBDA { return batch->m2[c]; });
+  for_channels(problem.var + at, channels, 1, [&](int64_t c, int64_t) RENORM_LAMBDA { return batch->var(c); });
   if (first == 0) problem.count[g] = A(batch->count);
 }
 

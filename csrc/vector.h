@@ -26,12 +26,12 @@ typedef uint16_t Halves __attribute__((vector_size(RENORM_VECTOR_BYTES / 2)));
 
 // Keeps a load from becoming one under a mask: that would wait until what the mask is computed from is there, which
 // takes nearly twice the time where both come from memory.
-RENORM_INLINE void loaded([[maybe_unused]] Vector<float>& value) {
+template <class V>
+RENORM_INLINE void loaded([[maybe_unused]] V& value) {
 #if defined(__x86_64__)
   asm("" : "+v"(value));
 #endif
 }
-RENORM_INLINE void loaded(Vector<double>&) {}
 
 template <class A>
 RENORM_INLINE Vector<A> broadcast(A value) { return value - Vector<A>{}; }
@@ -228,12 +228,15 @@ RENORM_INLINE void reduce_run(int64_t length, int64_t head, Vector<A> (&sums)[2]
 }
 
 // The sums of neighbouring lanes: of a, then of b.
-template <class A>
-RENORM_INLINE Vector<A> add_neighbours(Vector<A> a, Vector<A> b) {
-  const Mask<A> even = 2 * lane_numbers<A>();
-#if defined(__clang__)
-  Vector<A> sum;
-  for (int64_t i = 0; i < kLanes<A>; ++i) sum[i] = i < kLanes<A> / 2 ? a[2 * i] + a[2 * i + 1] : b[2 * i - kLanes<A>] + b[2 * i + 1 - kLanes<A>];
+RENORM_INLINE Vector<double> add_neighbours(Vector<double> a, Vector<double> b) {
+  const Mask<double> even = 2 * lane_numbers<double>();
+#if defined(__clang__)  // which shuffles by constants alone
+  constexpr int64_t half = kLanes<double> / 2;
+  Vector<double> sum;
+  for (int64_t i = 0; i < half; ++i) {
+    sum[i] = a[2 * i] + a[2 * i + 1];
+    sum[half + i] = b[2 * i] + b[2 * i + 1];
+  }
   return sum;
 #else
   return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
@@ -260,7 +263,7 @@ __attribute__((noinline)) void sum_lanes(const Vector<A> (*vectors)[STRIDE], int
 #pragma GCC unroll 3
     for (int64_t width = kMany / 2; width > 0; width /= 2)
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < width; ++i) level[i] = add_neighbours<double>(level[2 * i], level[2 * i + 1]);
+      for (int64_t i = 0; i < width; ++i) level[i] = add_neighbours(level[2 * i], level[2 * i + 1]);
     for (int64_t i = 0; i < kMany && c + i < count; ++i) sums[c + i] = level[0][i];
   }
 }
@@ -269,7 +272,8 @@ __attribute__((noinline)) void sum_lanes(const Vector<A> (*vectors)[STRIDE], int
 template <class T>
 struct Buffer {
   T* data;
-  explicit Buffer(int64_t size) : data(static_cast<T*>(__builtin_malloc(size * sizeof(T)))) {
+  // One byte more, since of none there may be no address.
+  explicit Buffer(int64_t size) : data(static_cast<T*>(__builtin_malloc(size * sizeof(T) + 1))) {
     if (!data) __builtin_trap();
   }
   ~Buffer() { __builtin_free(data); }

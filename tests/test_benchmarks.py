@@ -42,6 +42,26 @@ def test_contenders_compute_the_same(ours: str, other: str, relu: bool, residual
         assert_close(actual, expected.reshape(actual.shape), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+def test_onednn_computes_the_same(relu: bool, memory_format: torch.memory_format) -> None:
+    import onednn
+
+    if not onednn.available():
+        pytest.skip("needs onednn-cpu-gomp")
+    layer, other = onednn.OneDnnBatchNorm2d(16, relu), nn.BatchNorm2d(16)
+    for index, parameter in enumerate(layer.parameters()):
+        nn.init.uniform_(parameter, 0.5, 1.5)
+        list(other.parameters())[index].data.copy_(parameter)
+    x = torch.randn(4, 16, 5, 5).contiguous(memory_format=memory_format).requires_grad_()
+    dy, results = torch.randn_like(x), []
+    for each in (layer, nn.Sequential(other, nn.ReLU()) if relu else other):
+        y = each(x)
+        results.append((y, *torch.autograd.grad(y, (x, *each.parameters()), dy)))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_memory_saved_for_backward_is_that_of_distinct_storages() -> None:
     import contenders
     import memory
@@ -82,7 +102,7 @@ def row(contender: str, milliseconds: float, **others: Any) -> dict[str, Any]:
         "allocator": "kept", "threads": 1, "network": "any", "shape": "1x1x1x1", "megabytes": 2.0, "mode": "train",
         "layout": "contiguous", "variant": "norm", "direction": "both",
     }  # fmt: skip
-    return common | {"contender": contender, "median_ms": milliseconds} | others
+    return common | {"contender": contender, "median_ms": milliseconds, "least_ms": milliseconds} | others
 
 
 def test_bars_are_means_and_worst_cases_of_ratios_on_the_same_case() -> None:
@@ -104,6 +124,25 @@ def test_bars_are_means_and_worst_cases_of_ratios_on_the_same_case() -> None:
     assert worst.measured == pytest.approx(1.8)
     assert "2x2x2x2" in worst.remark
     assert found["saved for backward, norm + ReLU"].verdict == "not measured"
+
+
+def test_the_speed_up_of_large_inputs_is_that_of_the_least_times() -> None:
+    from bars import all_bars
+
+    large = {"megabytes": 9.0, "median_ms": 100.0}
+    layers = [
+        row("BatchRenorm2d", 1.0, **large),
+        row("BatchRenorm2d", 0.6, threads=2, **large),
+        row("copy", 1.0, direction="forward", **large),
+        row("copy", 0.9, direction="forward", threads=2, **large),
+        row("BatchRenorm2d", 1.0),
+        row("BatchRenorm2d", 0.1, threads=2),
+    ]
+    found = {bar.subject: bar for bar in all_bars(layers, models=[], memory=[], workers=[])}
+    bar = found["BatchRenorm2d, 2 threads / 1, over 8 MB, contiguous"]
+    assert bar.measured == pytest.approx(0.6)
+    assert bar.remark.endswith("a copy 0.90")
+    assert found["BatchRenorm2d, 2 threads / 1, over 8 MB, channels_last"].verdict == "not measured"
 
 
 def test_a_regression_is_the_ratio_of_medians_of_alternating_visits() -> None:

@@ -135,17 +135,18 @@ def test_a_batch_that_is_not_finite_is_skipped_in_compiled_code_too() -> None:
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="only oneDNN's convolutions choose a layout")
 def test_compiled_convolutions_hand_their_layout_on() -> None:
     model = nn.Sequential(nn.Conv2d(16, 16, 1), renorm.BatchRenorm2d(16, act="relu"), nn.Conv2d(16, 16, 1))
+    x = torch.randn(4, 16, 8, 8)
     # Under fresh caches: torch's key of a graph does not see what operations say of layouts.
     with fresh_inductor_cache():
         compiled = torch.compile(model, fullgraph=True)
-        y, code = run_and_get_code(compiled, torch.randn(4, 16, 8, 8, requires_grad=True))
-        y.sum().backward()
-    _, *calls = code[0].split("torch.ops.renorm.normalize.default(")
-    if not calls:
-        pytest.skip("without kernels the compiler makes loops of the layer")
-    strides = re.search(r"assert_size_stride\(\w+, \(4, 16, 8, 8\), \(([\d, ]+)\)", calls[0])
-    assert strides is not None
-    assert strides[1] == "1024, 1, 128, 16"
+        _, codes = run_and_get_code(lambda: compiled(x).sum().backward())
+    for operation, code in zip(("normalize", "normalize_backward"), codes, strict=True):
+        _, *calls = code.split(f"torch.ops.renorm.{operation}.default(")
+        if not calls:
+            pytest.skip("without kernels the compiler makes loops of the layer")
+        strides = re.search(r"assert_size_stride\(\w+, \(4, 16, 8, 8\), \(([\d, ]+)\)", calls[0])
+        assert strides is not None
+        assert strides[1] == "1024, 1, 128, 16"
 
 
 def test_a_model_compiles_in_whole() -> None:

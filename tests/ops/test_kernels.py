@@ -360,3 +360,17 @@ def test_a_slope_that_jumps_is_the_same_in_every_backend(
         assert (gradient() != by_kernels).sum() <= 30  # of 5,600; some round otherwise, as sums have another order
     else:
         torch.testing.assert_close(gradient(), by_kernels, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3, 5, 5), (32, 3, 12, 12)], ids=str)
+def test_means_are_far_nearer_than_the_output_rounds(
+    shape: tuple[int, ...], memory_format: torch.memory_format
+) -> None:
+    errors = []
+    for seed in range(100):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(memory_format=memory_format)
+        layer = renorm.BatchNorm2d(shape[1], momentum=1.0)
+        layer(x)
+        errors.append((layer.running_mean.double() - x.double().mean((0, 2, 3))).abs().mean())
+    assert torch.stack(errors).mean() < 2e-8  # standard deviations; float rounds numbers below 1 by 3e-8
