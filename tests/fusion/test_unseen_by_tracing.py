@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import OrderedDict
 from typing import Any
@@ -106,6 +107,23 @@ def test_a_forward_that_a_trace_does_not_show_runs_as_it_is_written(after: Any) 
     assert "Block" in reasons(report)["bn2"]
     assert model.outputs == []
     assert not hasattr(model, "seen")
+
+
+def test_code_that_garbage_collection_runs_while_tracing_is_not_taken_for_the_model_s() -> None:
+    def finalizer(phase: str, info: dict[str, int]) -> None:
+        hasattr(info, phase)
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(finalizer)
+    gc.set_threshold(1)
+    try:
+        report = converted(Block(lambda block, y, x: block.relu(y)), fuse=True)[1]
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(finalizer)
+    assert rows(report) == [("bn", False, "relu")]
+    assert report.not_fused == ()
 
 
 def test_a_buffer_that_the_forward_changes_is_changed_by_every_call_and_by_nothing_else() -> None:

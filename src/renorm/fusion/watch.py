@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import random
 import sys
@@ -64,11 +65,15 @@ def watched(traced: nn.Module) -> Iterator[list[str]]:
                 unseen.append("code about another module")
 
     profiler, python_state, torch_state = sys.getprofile(), random.getstate(), torch.get_rng_state()
+    collects = gc.isenabled()
+    gc.disable()  # or finalizers of whatever was left elsewhere would run here, and be taken for the model's code
     sys.setprofile(look)
     try:
         yield unseen
     finally:
         sys.setprofile(profiler)
+        if collects:
+            gc.enable()
         # as lists, since comparing tensors is an operation, which fake tensors would not allow
         if random.getstate() != python_state or torch.get_rng_state().tolist() != torch_state.tolist():
             unseen.append("random numbers")
