@@ -31,6 +31,19 @@ void with_element(Element element, F&& body) {
   }
 }
 
+// As ops/native.py packs them, which costs less than arguments one by one do; null where there is nothing.
+struct ForwardArguments {
+  const void *x, *weight, *bias, *mask, *residual;
+  void *running_mean, *running_var, *steps, *skipped;
+  double r_max, d_max;  // an r_max of 0 stands for no correction
+  void *y, *kept;
+};
+
+struct BackwardArguments {
+  const void *dy, *x, *weight, *mask, *residual, *y;
+  void *kept, *dx, *dresidual, *dweight, *dbias;
+};
+
 // What a forward leaves for the backward, one after the other: mean and variance, (G, C), count, (G,), coefficients.
 template <class A>
 struct Kept {
@@ -75,45 +88,42 @@ RENORM_EXPORT Step* renorm_make_step(const char* element, int64_t examples, int6
 
 RENORM_EXPORT void renorm_drop_step(Step* step) { delete step; }
 
-// An r_max of 0 stands for no correction.
-RENORM_EXPORT bool renorm_step(const Step* step, const void* x, const void* weight, const void* bias, const void* mask,
-                               const void* residual, void* running_mean, void* running_var, void* steps, void* skipped,
-                               double r_max, double d_max, void* y, void* memory) {
+RENORM_EXPORT bool renorm_step_forward(const Step* step, const ForwardArguments* at) {
   return succeeds([&] {
     with_element(step->element, [&](auto element) {
       using T = decltype(element);
       using A = renorm::Accumulation<T>;
       const renorm::Shape& shape = step->shape;
       const int64_t groups = shape.groups();
-      const Kept<A> kept(memory, groups, shape.channels);
-      const renorm::Running<A> running{static_cast<A*>(running_mean), static_cast<A*>(running_var),
-                                       static_cast<int64_t*>(steps), static_cast<int64_t*>(skipped)};
+      const Kept<A> kept(at->kept, groups, shape.channels);
+      const renorm::Running<A> running{static_cast<A*>(at->running_mean), static_cast<A*>(at->running_var),
+                                       static_cast<int64_t*>(at->steps), static_cast<int64_t*>(at->skipped)};
       renorm::run(renorm::Forward<T>{
           renorm::torch_threads(), shape, step->act, step->past_cache,
-          {r_max > 0 ? renorm::Source::renorm : renorm::Source::batch, static_cast<const A*>(weight),
-           static_cast<const A*>(bias), running.mean, running.var, nullptr, nullptr, r_max, d_max, 0, step->eps},
-          static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const uint8_t*>(mask),
-          static_cast<T*>(y), kept.mean, kept.var, kept.count, kept.coefficients});
+          {at->r_max > 0 ? renorm::Source::renorm : renorm::Source::batch, static_cast<const A*>(at->weight),
+           static_cast<const A*>(at->bias), running.mean, running.var, nullptr, nullptr, at->r_max, at->d_max, 0,
+           step->eps},
+          static_cast<const T*>(at->x), static_cast<const T*>(at->residual), static_cast<const uint8_t*>(at->mask),
+          static_cast<T*>(at->y), kept.mean, kept.var, kept.count, kept.coefficients});
       renorm::track<A>(running, {kept.mean, kept.var, kept.count, groups, shape.channels}, step->tracking,
                        step->momentum, shape.channels_per_group, step->eps);
     });
   });
 }
 
-RENORM_EXPORT bool renorm_step_backward(const Step* step, const void* dy, const void* x, const void* weight,
-                                        const void* mask, const void* residual, const void* y, void* memory, void* dx,
-                                        void* dresidual, void* dweight, void* dbias) {
+RENORM_EXPORT bool renorm_step_backward(const Step* step, const BackwardArguments* at) {
   return succeeds([&] {
     with_element(step->element, [&](auto element) {
       using T = decltype(element);
       using A = renorm::Accumulation<T>;
       const renorm::Shape& shape = step->shape;
-      const Kept<A> kept(memory, shape.groups(), shape.channels);
+      const Kept<A> kept(at->kept, shape.groups(), shape.channels);
       renorm::run(renorm::Backward<T>{
-          renorm::torch_threads(), shape, step->act, step->past_cache, static_cast<const A*>(weight), kept.count,
-          static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const T*>(residual),
-          static_cast<const T*>(y), static_cast<const uint8_t*>(mask), static_cast<T*>(dx),
-          static_cast<T*>(dresidual), static_cast<A*>(dweight), static_cast<A*>(dbias), kept.coefficients});
+          renorm::torch_threads(), shape, step->act, step->past_cache, static_cast<const A*>(at->weight), kept.count,
+          static_cast<const T*>(at->dy), static_cast<const T*>(at->x), static_cast<const T*>(at->residual),
+          static_cast<const T*>(at->y), static_cast<const uint8_t*>(at->mask), static_cast<T*>(at->dx),
+          static_cast<T*>(at->dresidual), static_cast<A*>(at->dweight), static_cast<A*>(at->dbias),
+          kept.coefficients});
     });
   });
 }

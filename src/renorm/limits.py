@@ -157,6 +157,8 @@ class Limits:
             >>> Limits.over(1_300, math.inf, math.inf).at(225)
             (2.0, 7.0)
         """
+        if step >= self.r_end and step >= self.d_end:
+            return self.r_max, self.d_max
         return self._at(step, 1.0, self.r_max, self.r_end), self._at(step, 0.0, self.d_max, self.d_end)
 
     def _at(self, step: int, low: float, high: float, end: int) -> float:

@@ -198,13 +198,14 @@ class Norm(State):
             warn_of_patches(self)
 
     def _normalize(self, inputs: Inputs, act: Activation | None) -> Tensor:
-        if not self.training and self.has_statistics:
-            buffers: dict[str, Any] = self._buffers
+        buffers: dict[str, Any] = self._buffers
+        has_statistics = buffers["running_mean"] is not None
+        if not self.training and has_statistics:
             running = Running(buffers["running_mean"], buffers["running_var"])
             return evaluate(inputs, Settings(self.grouping, self._eps, act), running, self.example_weight)
         # the compiler must meet a float of the module outside autograd.Function first
         settings = Settings(self.grouping, self._eps * 1.0, act)
-        if not self.has_statistics:
+        if not has_statistics:
             return self._by_batch(inputs, settings, None)[0]
         state, limits = self._state(), self._limits_now()
         occasion = occasion_of(self, state, self.effective_blocks(), sees_state=limits is not None)

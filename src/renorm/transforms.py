@@ -22,6 +22,11 @@ def is_transformed() -> bool:
         # by its type, since to the compiler what it gets from C++ is never None
         running = torch._C._functorch.peek_interpreter_stack()
         return torch.compiler.is_exporting() or isinstance(running, torch._C._functorch.CInterpreter)
+    return is_transformed_eagerly()
+
+
+def is_transformed_eagerly() -> bool:
+    """The same, where nothing is being compiled."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moments import Moments, accumulation_dtype
-from ..transforms import is_transformed
+from ..transforms import is_transformed, is_transformed_eagerly
 from . import aten, reference
 from .problem import Implementation, Inputs, LaunchError, RunningState, Settings
 from .schema import implement
@@ -32,7 +32,7 @@ def _load_cpu_kernels() -> bool:
     for path in library_files():
         try:
             torch.ops.load_library(path)
-            if not hasattr(ctypes.CDLL(str(path)), "renorm_step"):
+            if not hasattr(ctypes.CDLL(str(path)), "renorm_step_forward"):
                 raise OSError("they were built from another version of renorm")
         except OSError as error:
             warnings.warn(
@@ -170,7 +170,7 @@ def is_watched(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    return type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack() > 0 or is_transformed()
+    return type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack() > 0 or is_transformed_eagerly()
 
 
 def take_moments(moments: Moments, state: RunningState) -> bool:

@@ -88,7 +88,7 @@ def train(inputs: Inputs, settings: Settings, state: RunningState, limits: Limit
             kind = _remember(facts, module.kind_of_step(inputs, settings, rule))
         if kind is not None:
             try:
-                return kernels.step(inputs, kernels.Step(kind, settings, state, limits))
+                return kernels.step(inputs, (kind, settings, state, limits))
             except LaunchError as error:
                 backends.give_up(inputs.x.device.type, error)
     y, moments = normalize(inputs, settings, target_of(inputs, state, limits))
@@ -188,20 +188,22 @@ def _facts_of_step(
     inputs: Inputs, settings: Settings, state: RunningState, limits: Limits | None, rule: Rule
 ) -> tuple[Any, ...]:
     """All that checks, choices and kinds depend on."""
+    # one expression, since calls and tuples for each tensor cost as much again
     x, weight, bias, mask, residual = inputs
-    grouping, eps, act = settings
     mean, var, steps, skipped = state
+    grouping, eps, act = settings
     return (
-        *backends.available.values(), x.shape, x.stride(), x.dtype, x.device, grouping.examples_per_group,
-        grouping.channels_per_group, eps, act, limits is None, rule, _facts_of(weight), _facts_of(bias),
-        _facts_of(mask), _facts_of(residual), _facts_of(mean), _facts_of(var), _facts_of(steps), _facts_of(skipped),
+        x.shape, x.stride(), x.dtype, x.device,
+        grouping.examples_per_group, grouping.channels_per_group, eps, act, limits is None, rule,
+        type(mean), mean.dtype, mean.shape, mean.device, mean.is_contiguous(),
+        type(var), var.dtype, var.shape, var.device, var.is_contiguous(),
+        type(steps), steps.dtype, steps.shape, steps.device, type(skipped), skipped.dtype, skipped.shape,
+        skipped.device, *backends.available.values(),
+        weight is None or (type(weight), weight.dtype, weight.shape, weight.device, weight.is_contiguous()),
+        bias is None or (type(bias), bias.dtype, bias.shape, bias.device, bias.is_contiguous()),
+        mask is None or (type(mask), mask.shape, mask.device, mask.is_contiguous()),
+        residual is None or (type(residual), residual.dtype, residual.shape, residual.device, residual.stride()),
     )  # fmt: skip
-
-
-def _facts_of(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    if tensor is None:
-        return None
-    return type(tensor), tensor.dtype, tensor.shape, tensor.device, tensor.is_contiguous()
 
 
 def _remember(facts: Any, kind: Any) -> Any:

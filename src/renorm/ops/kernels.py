@@ -6,7 +6,8 @@ compiler and torch.export see the registered operations, with their shapes and t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from ..moments import Moments, accumulation_dtype
 from . import reference
 from .backends import give_up, is_watched
 from .composed import compose, finish
-from .problem import Correction, Inputs, LaunchError, Running, RunningState, Settings, Target
+from .problem import Correction, Given, Inputs, LaunchError, Running, RunningState, Settings, Target
 from .schema import BackwardArguments, Coefficients, EvaluateArguments, NormalizeArguments, Saved, TrackArguments
 from .tracking import Rule
 
@@ -43,22 +44,24 @@ def normalize(inputs: Inputs, settings: Settings, correction: Target | Correctio
     return y, Moments(mean, var, count)
 
 
-class Step(NamedTuple):
-    """What a training step is, apart from its inputs: one argument, since each costs autograd half a microsecond.
+class Kind(Protocol):
+    """Kernels for steps of a kind, as `kind_of_step` of their module makes them."""
 
-    Args:
-        kind: of the kernels; its `step(inputs, settings, state, limits)` returns the output, a buffer of what is kept,
-            and a plan, which reads it by `count` and `coefficients`; its `backward(dy, saved, plan, settings,
-            wants_residual)` returns the gradients.
-        settings: grouping, eps and activation.
-        state: the layer's buffers.
-        limits: of the correction towards them; None for batch norm.
-    """
+    def step(
+        self, inputs: Given, settings: Settings, state: RunningState, limits: Limits | None
+    ) -> tuple[Tensor, Tensor, Any]:
+        """The output, a buffer of what is kept, and a plan, which reads it by `count` and `coefficients`."""
+        ...
 
-    kind: Any
-    settings: Settings
-    state: RunningState
-    limits: Limits | None
+    def backward(
+        self, dy: Tensor, saved: Sequence[Tensor | None], plan: Any, settings: Settings, wants_residual: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Gradients of x, weight, bias and residual, from x, weight, mask, residual, y and what was kept."""
+        ...
+
+
+# One argument, since each costs autograd half a microsecond.
+Step = tuple[Kind, Settings, RunningState, "Limits | None"]
 
 
 def step(inputs: Inputs, step: Step) -> Tensor:
@@ -66,13 +69,14 @@ def step(inputs: Inputs, step: Step) -> Tensor:
 
     Args:
         inputs: x not empty, all that the plan is for, the mask (N, *S).
-        step: how.
+        step: kind of the step, settings, the layer's buffers, and the limits of the correction towards them; None for
+            batch norm.
 
     Returns:
         The output.
     """
     y: Tensor = _apply_step(*inputs, step)
-    torch.autograd.graph.increment_version(step.state)
+    torch.autograd.graph.increment_version(step[2])
     return y
 
 
@@ -209,10 +213,12 @@ class _StepByKernels(torch.autograd.Function):
         step: Step,
     ) -> Any:
         kind, settings, state, limits = step
-        y, kept, plan = kind.step(Inputs(x, weight, bias, mask, residual), settings, state, limits)
+        y, kept, plan = kind.step((x, weight, bias, mask, residual), settings, state, limits)
         ctx.settings, ctx.made = settings, (kind, plan)
         ctx.set_materialize_grads(False)
-        kept_residual, kept_y = _kept_for_activation(settings.act, residual, y)
+        kept_residual = kept_y = None
+        if residual is not None:
+            kept_residual, kept_y = _kept_for_activation(settings.act, residual, y)
         ctx.save_for_backward(x, weight, bias, mask, kept_residual, kept_y, kept)
         return y
 

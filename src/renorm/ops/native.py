@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,14 @@ from ..limits import Limits
 from ..moments import accumulation_dtype
 from ..transforms import unwatched
 from .backends import library_files
-from .problem import Inputs, RunningState, Settings
+from .problem import Given, Inputs, RunningState, Settings
 from .schema import Coefficients
 from .tracking import Rule
 
 _ADDRESS, _NUMBER, _SIZE, _NAME = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64, ctypes.c_char_p
+_PACKED = ctypes.c_char_p
+# ForwardArguments and BackwardArguments in csrc/step.cpp
+_pack_forward, _pack_backward = struct.Struct("9P2d2P").pack, struct.Struct("11P").pack
 
 
 def _functions() -> tuple[Any, ...]:
@@ -32,8 +36,8 @@ def _functions() -> tuple[Any, ...]:
             _ADDRESS,
         ),
         "renorm_drop_step": ((_ADDRESS,), None),
-        "renorm_step": ((*[_ADDRESS] * 10, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS), ctypes.c_bool),
-        "renorm_step_backward": ((_ADDRESS,) * 12, ctypes.c_bool),
+        "renorm_step_forward": ((_ADDRESS, _PACKED), ctypes.c_bool),
+        "renorm_step_backward": ((_ADDRESS, _PACKED), ctypes.c_bool),
     }
     functions = []
     for name, (arguments, result) in signatures.items():
@@ -46,17 +50,28 @@ def _functions() -> tuple[Any, ...]:
 _make_step, _drop_step, _step, _step_backward = _functions()
 
 
+_NO_MEMORY = "the C++ kernels had no memory for a layer's step"
+
+
 class Kind:
     """What a step of tensors of a kind needs, apart from their addresses, and where it keeps what for the backward."""
 
-    def __init__(self, x: Tensor, settings: Settings, rule: Rule) -> None:
+    def __init__(self, inputs: Inputs, settings: Settings, rule: Rule) -> None:
         self.address: int | None = None
+        x, weight, bias, mask, residual = inputs
         examples, channels, *positions = x.shape
         grouping, eps, act = settings
         is_last = x.movedim(1, -1).is_contiguous()  # of (N, C) both layouts are the same, and columns the better view
         is_dense = is_last or x.is_contiguous()
         self.strides = (x if is_dense else torch.empty_like(x, memory_format=torch.contiguous_format)).stride()
         self.wide = accumulation_dtype(x.dtype)
+        self.takes_as_they_are = (
+            is_dense
+            and mask is None
+            and (residual is None or residual.stride() == self.strides)
+            and self._vector(weight) is weight
+            and self._vector(bias) is bias
+        )
         self.groups, self.channels = sum(number for number, _ in grouping.parts(examples)), channels
         # made like these, which takes less time than from sizes
         with unwatched():
@@ -76,29 +91,35 @@ class Kind:
             -1.0 if rule.momentum is None else rule.momentum,
             eps,
         )
-        _require(self.address)
+        if not self.address:
+            raise MemoryError(_NO_MEMORY)
 
     def __del__(self) -> None:
         if _drop_step is not None:  # at the interpreter's end
             _drop_step(self.address)
 
     def step(
-        self, inputs: Inputs, settings: Settings, state: RunningState, limits: Limits | None
+        self, inputs: Given, settings: Settings, state: RunningState, limits: Limits | None
     ) -> tuple[Tensor, Tensor, Kind]:
         """The output, the buffer of what is kept, and itself as the plan; the running statistics move, in place."""
         x, weight, bias, mask, residual = inputs
         mean, var, steps, skipped = state
-        x = self._dense(x)
-        if residual is not None:
-            residual = self._dense(residual)
-        weight, bias, mask = self._vector(weight), self._vector(bias), _contiguous(mask)
+        if not self.takes_as_they_are or x.is_neg() or (residual is not None and residual.is_neg()):
+            x, residual = self._dense(x), None if residual is None else self._dense(residual)
+            weight, bias, mask = self._vector(weight), self._vector(bias), _contiguous(mask)
         r_max, d_max = (0.0, 0.0) if limits is None else limits.at(int(steps))
         y, kept = torch.empty_like(x), torch.empty_like(self.kept)
-        done = _step(
-            self.address, x.data_ptr(), _at(weight), _at(bias), _at(mask), _at(residual), mean.data_ptr(),
-            var.data_ptr(), steps.data_ptr(), skipped.data_ptr(), r_max, d_max, y.data_ptr(), kept.data_ptr(),
+        packed = _pack_forward(
+            x.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if mask is None else mask.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            mean.data_ptr(), var.data_ptr(), steps.data_ptr(), skipped.data_ptr(), r_max, d_max,
+            y.data_ptr(), kept.data_ptr(),
         )  # fmt: skip
-        _require(done)
+        if not _step(self.address, packed):
+            raise MemoryError(_NO_MEMORY)
         return y, kept, self
 
     def backward(
@@ -108,19 +129,30 @@ class Kind:
         x, weight, mask, residual, y, kept = saved
         assert x is not None
         assert kept is not None
-        x, dy = self._dense(x), self._dense(dy)
+        # what was saved may come back in another layout, from hooks
+        if x.stride() != self.strides or x.is_neg() or dy.stride() != self.strides or dy.is_neg():
+            x, dy = self._dense(x), self._dense(dy)
+        weight = self._vector(weight)
         if residual is not None:
             residual = self._dense(residual)
         if y is not None:
             y = self._dense(y)
+        if mask is not None:
+            mask = mask.contiguous()
         dx, dresidual = torch.empty_like(x), torch.empty_like(x) if wants_residual else None
         dweight, dbias = torch.empty_like(self.parameter), torch.empty_like(self.parameter)
-        weight, mask = self._vector(weight), _contiguous(mask)
-        done = _step_backward(
-            self.address, dy.data_ptr(), x.data_ptr(), _at(weight), _at(mask), _at(residual), _at(y), kept.data_ptr(),
-            dx.data_ptr(), _at(dresidual), dweight.data_ptr(), dbias.data_ptr(),
+        packed = _pack_backward(
+            dy.data_ptr(), x.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if mask is None else mask.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            0 if y is None else y.data_ptr(),
+            kept.data_ptr(), dx.data_ptr(),
+            0 if dresidual is None else dresidual.data_ptr(),
+            dweight.data_ptr(), dbias.data_ptr(),
         )  # fmt: skip
-        _require(done)
+        if not _step_backward(self.address, packed):
+            raise MemoryError(_NO_MEMORY)
         return dx, dweight, dbias, dresidual
 
     def count(self, kept: Tensor) -> Tensor:
@@ -144,19 +176,10 @@ class Kind:
         return tensor.to(self.wide).contiguous()
 
 
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _require(result: object) -> None:
-    if not result:
-        raise MemoryError("the C++ kernels had no memory for a layer's step")
-
-
 def _contiguous(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous()
 
 
 def kind_of_step(inputs: Inputs, settings: Settings, rule: Rule) -> Kind:
-    """The kind of a step, see `kernels.Step`."""
-    return Kind(inputs.x, settings, rule)
+    """The kind of a step, see `kernels.Kind`."""
+    return Kind(inputs, settings, rule)

@@ -35,6 +35,10 @@ class Inputs(NamedTuple):
     residual: Tensor | None = None
 
 
+# The same without names, which take longer to make than to read.
+Given = tuple[Tensor, "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
+
+
 class Settings(NamedTuple):
     """How they are normalized.
 

@@ -20,7 +20,7 @@ from ...checks import check_devices
 from ...grouping import Grouping
 from ...limits import Limits
 from ...moments import Moments
-from ..problem import Correction, Inputs, Running, RunningState, Settings, Target
+from ..problem import Correction, Given, Inputs, Running, RunningState, Settings, Target
 from ..schema import Saved
 from ..tracking import Rule
 from . import tracking
@@ -96,7 +96,7 @@ class _Kind(NamedTuple):
     rule: Rule
 
     def step(
-        self, inputs: Inputs, settings: Settings, state: RunningState, limits: Limits | None
+        self, inputs: Given, settings: Settings, state: RunningState, limits: Limits | None
     ) -> tuple[Tensor, Tensor, ForwardPlan]:
         made: tuple[Tensor, Tensor, ForwardPlan] = step(inputs, settings, state, limits, self.rule)
         return made
@@ -110,16 +110,16 @@ class _Kind(NamedTuple):
 
 
 def kind_of_step(inputs: Inputs, settings: Settings, rule: Rule) -> _Kind:
-    """The kind of a step, see `kernels.Step`."""
+    """The kind of a step, see `kernels.Kind`."""
     return _Kind(rule)
 
 
 @_on_its_device
 def step(
-    inputs: Inputs, settings: Settings, state: RunningState, limits: Limits | None, rule: Rule
+    inputs: Given, settings: Settings, state: RunningState, limits: Limits | None, rule: Rule
 ) -> tuple[Tensor, Tensor, ForwardPlan]:
     """A layer's step in eager mode: the output, the buffer of what is kept, and the plan that reads it."""
-    return _forward(inputs, settings, options_of_step(limits, rule), _Statistics(*state))
+    return _forward(Inputs(*inputs), settings, options_of_step(limits, rule), _Statistics(*state))
 
 
 @_on_its_device
