@@ -298,16 +298,20 @@ void forward_region(const Forward<T>& problem, const Parallel& parallel, int64_t
   apply_region<T, ACT>(problem, parallel, region, g);
 }
 
-// Adds the block's sums of every column to `sums`, three rows of the region's width.
+// Adds the block's sums of every column to `sums`, three rows of the region's width; and writes the gradient before the
+// activation to `kept`, if any.
 template <class T, class ACT>
 void add_block(const Backward<T>& problem, const Region& region, int64_t begin, int64_t end,
-               const Affine<Accumulation<T>, Each> affine, int64_t width, Accumulation<T>* scratch, double* sums) {
+               const Affine<Accumulation<T>, Each> affine, int64_t width, T* kept, Accumulation<T>* scratch,
+               double* sums) {
   using A = Accumulation<T>;
   for (int64_t j = 0; j < 3 * region.width; ++j) scratch[j] = 0;
   const int64_t stride = region.stride;
   A *gradient = scratch, *centered = scratch + region.width, *product = scratch + 2 * region.width;
   const uint8_t* mask = region.mask(problem);
+  const bool past_cache = passes_cache(problem.past_cache, kept, region.offset | stride, width);
   for_rows<2>(mask, begin, end, [&](int64_t row, auto rows) RENORM_LAMBDA {
+    T* to = kept ? kept + region.offset + row * stride : nullptr;
     const Streams<T, ACT, false> streams(problem, region.offset + row * stride, 0);
     const int64_t ahead = problem.past_cache ? fetched_ahead(rows.count * stride) : 0;
     for_run<A>(width, 0, [&](int64_t i, auto lanes) RENORM_LAMBDA {
@@ -316,9 +320,12 @@ void add_block(const Backward<T>& problem, const Region& region, int64_t begin, 
       for (int r = 0; r < rows.count; ++r) {
         const int64_t at = r * stride + i;
         const Pair<A> pair = streams.pair_at(at, lanes, by);
+        if (to) lanes.store(to + at, pair.gradient, past_cache);
         if (ahead) {
           fetch(streams.x + at + ahead);
           fetch(streams.dy + at + ahead);
+          if constexpr (!ACT::is_none)
+            if (streams.y) fetch(streams.y + at + ahead);
         }
         sum[0] += pair.gradient;
         sum[1] += pair.centered;
@@ -335,7 +342,7 @@ void add_block(const Backward<T>& problem, const Region& region, int64_t begin, 
 // The sums over the region's channels, in the place of those over its columns: three rows of the region's width.
 template <class T, class ACT>
 Sums region_sums(const Backward<T>& problem, const Parallel& parallel, const Region& region,
-                 const Affine<Accumulation<T>, Each>& affine, double* columns) {
+                 const Affine<Accumulation<T>, Each>& affine, T* kept, double* columns) {
   const int64_t width = region.width, segments = region.segments(), size = Sums::rows * width;
   Buffer<double> partial((segments + 1) * size);
   for_pieces(parallel, segments, region.elements(), [&](int64_t segment) {
@@ -344,19 +351,43 @@ Sums region_sums(const Backward<T>& problem, const Parallel& parallel, const Reg
     for (int64_t j = 0; j < size; ++j) to[j] = 0;
     const int64_t end = region.segment_end(segment), block = Region::kBlockRows;
     for (int64_t row = segment * region.segment_rows(); row < end; row += block)
-      add_block<T, ACT>(problem, region, row, row + block < end ? row + block : end, affine, width, scratch.data, to);
+      add_block<T, ACT>(problem, region, row, row + block < end ? row + block : end, affine, width, kept, scratch.data,
+                        to);
   });
   double* last = partial.data + segments * size;
   for (int64_t j = 0; j < size; ++j) columns[j] = last[j] = 0;
   if (region.leftover) {
     Buffer<Accumulation<T>> scratch(size);
-    add_block<T, ACT>(problem, region, region.rows, region.rows + 1, affine, region.leftover, scratch.data, last);
+    add_block<T, ACT>(problem, region, region.rows, region.rows + 1, affine, region.leftover, kept, scratch.data,
+                      last);
   }
   for (int64_t piece = 0; piece <= segments; ++piece)
     for (int64_t j = 0; j < size; ++j) columns[j] += partial[piece * size + j];
   const Sums sums(columns, width);
   for (int64_t i = 0; i < Sums::rows; ++i) region.sum_columns(columns + i * width);
   return sums;
+}
+
+// Whether the gradient before the activation is the same after it was written.
+template <class T>
+bool keeps_gradient(Act act) {
+  return sizeof(T) == sizeof(Accumulation<T>) || act == Act::none || act == Act::relu || act == Act::relu6;
+}
+
+template <class T, class ACT>
+void differentiate_region(const Backward<T>& problem, const Parallel& parallel, const Region& region,
+                          const Affine<Accumulation<T>, Each>& affine, const SlopesOf<Accumulation<T>, Each>& slopes,
+                          T* dresidual) {
+  const uint8_t* mask = region.mask(problem);
+  const int64_t ahead = problem.past_cache ? fetched_ahead(region.stride) : 0;
+  for_all_rows(parallel, region, [&](int64_t at, int64_t column, int64_t columns, int64_t row) RENORM_LAMBDA {
+    if (mask && !mask[row]) {
+      __builtin_memset(problem.dx + at, 0, columns * sizeof(T));
+      if (dresidual) __builtin_memset(dresidual + at, 0, columns * sizeof(T));
+      return;
+    }
+    differentiate_run<T, ACT, false>(problem, at, 0, columns, affine.from(column), slopes.from(column), ahead);
+  });
 }
 
 template <class T, class ACT>
@@ -367,22 +398,20 @@ void backward_region(const Backward<T>& problem, const Parallel& parallel, int64
   const SpreadAffine<A> spread(problem.coefficients, region, g * problem.shape.channels + first);
   const Affine<A, Each> affine = spread.affine();
   Buffer<double> columns(Sums::rows * region.width);
-  const Sums sums = region_sums<T, ACT>(problem, parallel, region, affine, columns.data);
+  T* const kept = keeps_gradient<T>(problem.act) ? problem.dresidual : nullptr;
+  const Sums sums = region_sums<T, ACT>(problem, parallel, region, affine, kept, columns.data);
   Buffer<A> rows(Slopes<A>::rows * count);
   const Slopes<A> slopes(rows.data, count);
   settle(problem, g, first, count, sums, slopes, dweight + first, dbias + first);
   const Spread<A> gradient(region, slopes.gradient), centered(region, slopes.centered), constant(region, slopes.constant);
   const SlopesOf<A, Each> slope{{gradient.values}, {centered.values}, {constant.values}};
-  const uint8_t* mask = region.mask(problem);
-  const int64_t ahead = problem.past_cache ? fetched_ahead(region.stride) : 0;
-  for_all_rows(parallel, region, [&](int64_t at, int64_t column, int64_t columns, int64_t row) RENORM_LAMBDA {
-    if (mask && !mask[row]) {
-      __builtin_memset(problem.dx + at, 0, columns * sizeof(T));
-      if (problem.dresidual) __builtin_memset(problem.dresidual + at, 0, columns * sizeof(T));
-      return;
-    }
-    differentiate_run<T, ACT, false>(problem, at, 0, columns, affine.from(column), slope.from(column), ahead);
-  });
+  if (!kept) return differentiate_region<T, ACT>(problem, parallel, region, affine, slope, problem.dresidual);
+  // What was kept is read instead of all that it was computed from.
+  Backward<T> rest = problem;
+  rest.act = Act::none;
+  rest.dy = kept;
+  rest.dresidual = nullptr;
+  differentiate_region<T, Fixed<Act::none>>(rest, parallel, region, affine, slope, kept);
 }
 
 }  // namespace RENORM_ISA

@@ -73,7 +73,10 @@ RENORM_INLINE void apply_run(const Forward<T>& problem, int64_t at, int64_t mask
     z = act.template forward<A>(z);
     if constexpr (MASKED) z = lanes.load_mask(mask + i) ? z : Vector<A>{};
     lanes.store(y + i, z, past_cache);
-    if (ahead) fetch(x + ahead + i);
+    if (ahead) {
+      fetch(x + ahead + i);
+      if (residual) fetch(residual + ahead + i);
+    }
   });
 }
 
@@ -147,6 +150,8 @@ RENORM_INLINE void differentiate_run(const Backward<T>& problem, int64_t at, int
     if (ahead) {
       fetch(streams.x + ahead + i);
       fetch(streams.dy + ahead + i);
+      if constexpr (!ACT::is_none)
+        if (streams.y) fetch(streams.y + ahead + i);
     }
   });
 }

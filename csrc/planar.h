@@ -191,7 +191,7 @@ template <class T, class ACT, bool MASKED>
 void forward_planar_unit(const Forward<T>& problem, const Parallel& parallel, int64_t g, int64_t panel) {
   const Unit unit(problem.shape, g, panel);
   settle_unit<T, MASKED>(problem, parallel, unit);
-  const int64_t ahead = unit.ahead(sizeof(T));
+  const int64_t ahead = unit.ahead((problem.residual ? 2 : 1) * sizeof(T));
   for_pieces(parallel, unit.pieces(), unit.elements(),
              [&](int64_t i) { apply_piece<T, ACT, MASKED>(problem, unit.piece(i), g, ahead); });
 }
@@ -245,7 +245,7 @@ void backward_planar_unit(const Backward<T>& problem, const Parallel& parallel, 
   const Slopes<A> slopes(rows.data, channels);
   settle(problem, g, unit.channel, channels, Sums(partial.data, channels), slopes, dweight + unit.channel,
          dbias + unit.channel);
-  const int64_t ahead = unit.ahead(2 * sizeof(T));
+  const int64_t ahead = unit.ahead((problem.y ? 3 : 2) * sizeof(T));
   for_pieces(parallel, unit.pieces(), unit.elements(), [&](int64_t i) {
     const Piece piece = unit.piece(i);
     piece.for_runs([&](int64_t c, int64_t at, int64_t mask_at) RENORM_LAMBDA {
