@@ -22,7 +22,10 @@ struct Moments {
     count += other.count;
   }
   // 0 without an element; rounding may leave m2 just below 0, and NaN stays NaN.
-  double var(int64_t c) const { return count == 0 || m2[c] < 0 ? 0 : m2[c] / count; }
+  void write_var(double* __restrict to, int64_t channels) const {
+    const double each = count > 0 ? 1 / count : 0, *from = m2;
+    for (int64_t c = 0; c < channels; ++c) to[c] = from[c] < 0 ? 0 : from[c] * each;
+  }
 };
 
 // Whether sums of x - shift and of its square lost digits, the mean being `drift` away: seen from the deviations, or,

@@ -38,9 +38,11 @@ RENORM_INLINE void fetch(const T* from) { __builtin_prefetch(from); }
 
 constexpr int64_t kLongRun = 1024;  // elements side by side, of which the first and the last cost little
 
-// Units of whole channel groups, wide enough to be read in long runs.
+// Units of whole channel groups, wide enough to be read in long runs, and to be worth what a unit costs by itself.
 inline int64_t channels_per_panel(const Shape& shape) {
-  const int64_t k = shape.channels_per_group, fitting = kLongRun / shape.positions / k * k;
+  constexpr int64_t kWorthwhile = 4096;
+  const int64_t k = shape.channels_per_group, worthwhile = kWorthwhile / shape.group_end(0);
+  const int64_t fitting = (worthwhile > kLongRun ? worthwhile : kLongRun) / shape.positions / k * k;
   return fitting < k ? k : fitting;
 }
 inline int64_t panels(const Shape& shape) {

@@ -102,13 +102,16 @@ void settle(const Forward<T>& problem, int64_t g, int64_t first, int64_t channel
   using A = Accumulation<T>;
   const Rule<A>& rule = problem.rule;
   const int64_t k = problem.shape.channels_per_group, groups = channels / k;
-  Buffer<double> numbers((Normalizers::rows + 4) * groups);
+  Buffer<double> numbers((Normalizers::rows + 4) * groups + channels);
   const Normalizers by(numbers.data, groups);
   double *mean = numbers.data + Normalizers::rows * groups, *var = mean + groups;
   double *scale = var + groups, *offset = scale + groups;
-  if (batch)
+  double* each_var = offset + groups;  // of every channel
+  if (batch) {
+    batch->write_var(each_var, channels);
     merge_channels(by.mean, by.var, groups, k, [&](int64_t c) RENORM_LAMBDA { return batch->mean[c]; },
-                   [&](int64_t c) RENORM_LAMBDA { return batch->var(c); });
+                   [&](int64_t c) RENORM_LAMBDA { return each_var[c]; });
+  }
   for (int64_t j = 0; j < groups; ++j) by.r[j] = 1;
   for (int64_t j = 0; j < groups; ++j) by.d[j] = 0;
   if (rule.source == Source::running) {
@@ -143,7 +146,7 @@ void settle(const Forward<T>& problem, int64_t g, int64_t first, int64_t channel
   for_channels(to.inverse_sigma + at, groups, k, [&](int64_t, int64_t j) RENORM_LAMBDA { return inverse_sigma[j]; });
   if (!problem.mean) return;
   for_channels(problem.mean + at, channels, 1, [&](int64_t c, int64_t) RENORM_LAMBDA { return batch->mean[c]; });
-  for_channels(problem.var + at, channels, 1, [&](int64_t c, int64_t) RENORM_LAMBDA { return batch->var(c); });
+  for_channels(problem.var + at, channels, 1, [&](int64_t c, int64_t) RENORM_LAMBDA { return each_var[c]; });
   if (first == 0) problem.count[g] = A(batch->count);
 }
 
