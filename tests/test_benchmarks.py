@@ -145,6 +145,26 @@ def test_the_speed_up_of_large_inputs_is_that_of_the_least_times() -> None:
     assert found["BatchRenorm2d, 2 threads / 1, over 8 MB, channels_last"].verdict == "not measured"
 
 
+def test_the_readme_says_what_was_measured() -> None:
+    from bars import all_bars
+    from csvfiles import read_rows
+
+    layers, models, memory, workers, small = (
+        read_rows(BENCHMARKS / "results" / f"{name}.csv") for name in ("layers", "models", "memory", "workers", "small")
+    )
+    measured = {bar.subject: bar.measured for bar in all_bars(layers, models, memory, workers)}
+    of_layers = (
+        measured[f"BatchRenorm2d / nn.BatchNorm2d, norm, {layout}"] for layout in ("contiguous", "channels_last")
+    )
+    worst = max(float(row["ratio"]) for row in small if row["contender"] == "BatchRenorm2d")
+    step = measured["training step, ResNet-18 CIFAR, BatchRenorm2d"]
+    readme = " ".join((BENCHMARKS.parent / "README.md").read_text(encoding="utf-8").split())
+    assert (
+        "costs {:.2f} of nn.BatchNorm2d in contiguous format and {:.2f} in channels_last, on average over the layers "
+        "of three networks, on inputs of a few KB up to {:.2f}; a training step of ResNet-18 {:.2f}"
+    ).format(*of_layers, worst, step) in readme
+
+
 def test_a_regression_is_the_ratio_of_medians_of_alternating_visits() -> None:
     import regression
 
