@@ -368,7 +368,7 @@ Sums region_sums(const Backward<T>& problem, const Parallel& parallel, const Reg
   return sums;
 }
 
-// Whether the gradient before the activation is the same after it was written.
+// Whether writing the gradient before the activation loses nothing to half precision: these make it dy or 0.
 template <class T>
 bool keeps_gradient(Act act) {
   return sizeof(T) == sizeof(Accumulation<T>) || act == Act::none || act == Act::relu || act == Act::relu6;
@@ -377,13 +377,13 @@ bool keeps_gradient(Act act) {
 template <class T, class ACT>
 void differentiate_region(const Backward<T>& problem, const Parallel& parallel, const Region& region,
                           const Affine<Accumulation<T>, Each>& affine, const SlopesOf<Accumulation<T>, Each>& slopes,
-                          T* dresidual) {
+                          T* dresidual_of_masked) {
   const uint8_t* mask = region.mask(problem);
   const int64_t ahead = problem.past_cache ? fetched_ahead(region.stride) : 0;
   for_all_rows(parallel, region, [&](int64_t at, int64_t column, int64_t columns, int64_t row) RENORM_LAMBDA {
     if (mask && !mask[row]) {
       __builtin_memset(problem.dx + at, 0, columns * sizeof(T));
-      if (dresidual) __builtin_memset(dresidual + at, 0, columns * sizeof(T));
+      if (dresidual_of_masked) __builtin_memset(dresidual_of_masked + at, 0, columns * sizeof(T));
       return;
     }
     differentiate_run<T, ACT, false>(problem, at, 0, columns, affine.from(column), slopes.from(column), ahead);
@@ -406,9 +406,8 @@ void backward_region(const Backward<T>& problem, const Parallel& parallel, int64
   const Spread<A> gradient(region, slopes.gradient), centered(region, slopes.centered), constant(region, slopes.constant);
   const SlopesOf<A, Each> slope{{gradient.values}, {centered.values}, {constant.values}};
   if (!kept) return differentiate_region<T, ACT>(problem, parallel, region, affine, slope, problem.dresidual);
-  // What was kept is read instead of all that it was computed from.
+  // What was kept is read instead of all that it was computed from; masked rows are still to be written.
   Backward<T> rest = problem;
-  rest.act = Act::none;
   rest.dy = kept;
   rest.dresidual = nullptr;
   differentiate_region<T, Fixed<Act::none>>(rest, parallel, region, affine, slope, kept);

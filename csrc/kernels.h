@@ -25,7 +25,8 @@ inline bool has_short_planes(const Shape& shape, bool masked) {
   constexpr int64_t kShort = 64, kFewExamples = 4, kManyExamples = 64;
   const int64_t examples = shape.group_end(0);
   if (masked || shape.positions >= kShort) return false;
-  return examples >= (shape.positions < kVector ? kFewExamples : kManyExamples);
+  if (shape.positions < kVector) return examples >= kFewExamples;
+  return examples >= (shape.positions <= 2 * kVector ? shape.positions : kManyExamples);
 }
 
 // How a problem is divided: into units of some channels in an example group, whose sums are of columns or of planes.

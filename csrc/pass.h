@@ -40,7 +40,7 @@ constexpr int64_t kLongRun = 1024;  // elements side by side, of which the first
 
 // Units of whole channel groups, wide enough to be read in long runs, and to be worth what a unit costs by itself.
 inline int64_t channels_per_panel(const Shape& shape) {
-  constexpr int64_t kWorthwhile = 4096;
+  constexpr int64_t kWorthwhile = 4096;  // elements; of float, x and dy stay in the first-level cache
   const int64_t k = shape.channels_per_group, worthwhile = kWorthwhile / shape.group_end(0);
   const int64_t fitting = (worthwhile > kLongRun ? worthwhile : kLongRun) / shape.positions / k * k;
   return fitting < k ? k : fitting;

@@ -106,7 +106,7 @@ void settle(const Forward<T>& problem, int64_t g, int64_t first, int64_t channel
   const Normalizers by(numbers.data, groups);
   double *mean = numbers.data + Normalizers::rows * groups, *var = mean + groups;
   double *scale = var + groups, *offset = scale + groups;
-  double* each_var = offset + groups;  // of every channel
+  double* each_var = offset + groups;
   if (batch) {
     batch->write_var(each_var, channels);
     merge_channels(by.mean, by.var, groups, k, [&](int64_t c) RENORM_LAMBDA { return batch->mean[c]; },

@@ -88,41 +88,43 @@ RENORM_EXPORT Step* renorm_make_step(const char* element, int64_t examples, int6
 
 RENORM_EXPORT void renorm_drop_step(Step* step) { delete step; }
 
-RENORM_EXPORT bool renorm_step_forward(const Step* step, const ForwardArguments* at) {
+RENORM_EXPORT bool renorm_step_forward(const Step* step, const ForwardArguments* arguments) {
+  if (!arguments->x || !arguments->y) return false;  // torch's tensors of zeros have no memory
   return succeeds([&] {
     with_element(step->element, [&](auto element) {
       using T = decltype(element);
       using A = renorm::Accumulation<T>;
       const renorm::Shape& shape = step->shape;
       const int64_t groups = shape.groups();
-      const Kept<A> kept(at->kept, groups, shape.channels);
-      const renorm::Running<A> running{static_cast<A*>(at->running_mean), static_cast<A*>(at->running_var),
-                                       static_cast<int64_t*>(at->steps), static_cast<int64_t*>(at->skipped)};
+      const Kept<A> kept(arguments->kept, groups, shape.channels);
+      const renorm::Running<A> running{static_cast<A*>(arguments->running_mean), static_cast<A*>(arguments->running_var),
+                                       static_cast<int64_t*>(arguments->steps), static_cast<int64_t*>(arguments->skipped)};
       renorm::run(renorm::Forward<T>{
           renorm::torch_threads(), shape, step->act, step->past_cache,
-          {at->r_max > 0 ? renorm::Source::renorm : renorm::Source::batch, static_cast<const A*>(at->weight),
-           static_cast<const A*>(at->bias), running.mean, running.var, nullptr, nullptr, at->r_max, at->d_max, 0,
+          {arguments->r_max > 0 ? renorm::Source::renorm : renorm::Source::batch, static_cast<const A*>(arguments->weight),
+           static_cast<const A*>(arguments->bias), running.mean, running.var, nullptr, nullptr, arguments->r_max, arguments->d_max, 0,
            step->eps},
-          static_cast<const T*>(at->x), static_cast<const T*>(at->residual), static_cast<const uint8_t*>(at->mask),
-          static_cast<T*>(at->y), kept.mean, kept.var, kept.count, kept.coefficients});
+          static_cast<const T*>(arguments->x), static_cast<const T*>(arguments->residual), static_cast<const uint8_t*>(arguments->mask),
+          static_cast<T*>(arguments->y), kept.mean, kept.var, kept.count, kept.coefficients});
       renorm::track<A>(running, {kept.mean, kept.var, kept.count, groups, shape.channels}, step->tracking,
                        step->momentum, shape.channels_per_group, step->eps);
     });
   });
 }
 
-RENORM_EXPORT bool renorm_step_backward(const Step* step, const BackwardArguments* at) {
+RENORM_EXPORT bool renorm_step_backward(const Step* step, const BackwardArguments* arguments) {
+  if (!arguments->dy || !arguments->x || !arguments->dx) return false;
   return succeeds([&] {
     with_element(step->element, [&](auto element) {
       using T = decltype(element);
       using A = renorm::Accumulation<T>;
       const renorm::Shape& shape = step->shape;
-      const Kept<A> kept(at->kept, shape.groups(), shape.channels);
+      const Kept<A> kept(arguments->kept, shape.groups(), shape.channels);
       renorm::run(renorm::Backward<T>{
-          renorm::torch_threads(), shape, step->act, step->past_cache, static_cast<const A*>(at->weight), kept.count,
-          static_cast<const T*>(at->dy), static_cast<const T*>(at->x), static_cast<const T*>(at->residual),
-          static_cast<const T*>(at->y), static_cast<const uint8_t*>(at->mask), static_cast<T*>(at->dx),
-          static_cast<T*>(at->dresidual), static_cast<A*>(at->dweight), static_cast<A*>(at->dbias),
+          renorm::torch_threads(), shape, step->act, step->past_cache, static_cast<const A*>(arguments->weight), kept.count,
+          static_cast<const T*>(arguments->dy), static_cast<const T*>(arguments->x), static_cast<const T*>(arguments->residual),
+          static_cast<const T*>(arguments->y), static_cast<const uint8_t*>(arguments->mask), static_cast<T*>(arguments->dx),
+          static_cast<T*>(arguments->dresidual), static_cast<A*>(arguments->dweight), static_cast<A*>(arguments->dbias),
           kept.coefficients});
     });
   });

@@ -72,6 +72,7 @@ renorm::Shape shape_of(const Dense& x, std::optional<int64_t> examples_per_group
   STD_TORCH_CHECK(channels_per_group > 0 && sizes[1] % channels_per_group == 0,
                   "channels_per_group must divide the ", sizes[1], " channels, got ", channels_per_group);
   STD_TORCH_CHECK(examples_per_group.value_or(1) > 0, "examples_per_group must be positive");
+  STD_TORCH_CHECK(x.tensor.numel() > 0, "x must have elements");
   int64_t positions = 1;
   for (int64_t dim = 2; dim < x.tensor.dim(); ++dim) positions *= sizes[dim];
   return {sizes[0], sizes[1], positions, x.channels_last, examples_per_group.value_or(sizes[0]), channels_per_group};

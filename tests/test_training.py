@@ -279,3 +279,21 @@ def test_one_input_through_a_layer_twice_gives_both_gradients() -> None:
     (oracle.train(exact) * oracle.train(exact)).sum().backward()
     assert_agrees(x.grad, exact.grad, scale=oracle.gradient_scale)
     assert_agrees(layer.weight.grad, oracle.weight.grad)
+
+
+@pytest.mark.parametrize("shape", [(130, 4), (6, 4, 5, 5)], ids=["1d", "2d, channels last"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_weight_that_is_a_column_of_others_gives_the_right_gradient(shape: tuple[int, ...], training: bool) -> None:
+    layers = [(renorm.BatchNorm1d if len(shape) == 2 else renorm.BatchNorm2d)(4).train(training) for _ in range(2)]
+    values = torch.rand(4) + 0.5
+    layers[0].weight.data = torch.stack([values, values * 0 + 7], 1)[:, 0]
+    layers[1].weight.data = values
+    x, dy = torch.randn(shape), torch.randn(shape)
+    if len(shape) == 4:
+        x, dy = (t.to(memory_format=torch.channels_last) for t in (x, dy))
+    gradients = []
+    for layer in layers:
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        layer(leaf).backward(dy)
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)

@@ -60,6 +60,12 @@ struct Result {
 template <class T>
 const T* or_null(const std::vector<T>& values) { return values.empty() ? nullptr : values.data(); }
 
+// As ops/kernels.py: with a residual, the gradient of a piecewise linear activation is computed from y, others from both.
+template <class T>
+bool keeps_output(const Case<T>& c) {
+  return !c.residual.empty() && (c.act == Act::relu || c.act == Act::relu6 || c.act == Act::leaky_relu);
+}
+
 template <class T>
 Result<T> run(const Case<T>& c, const renorm::Parallel& parallel, bool past_cache) {
   using A = Accumulation<T>;
@@ -81,7 +87,8 @@ Result<T> run(const Case<T>& c, const renorm::Parallel& parallel, bool past_cach
                                  c.x.data(), or_null(c.residual), or_null(c.mask), r.y.data(), r.mean.data(),
                                  r.var.data(), r.count.data(), coefficients});
   renorm::run(renorm::Backward<T>{parallel, c.shape, c.act, past_cache, or_null(c.weight), r.count.data(), c.dy.data(),
-                                  c.x.data(), or_null(c.residual), nullptr, or_null(c.mask), r.dx.data(),
+                                  c.x.data(), keeps_output(c) ? nullptr : or_null(c.residual),
+                                  keeps_output(c) ? r.y.data() : nullptr, or_null(c.mask), r.dx.data(),
                                   r.dresidual.empty() ? nullptr : r.dresidual.data(), r.dweight.data(), r.dbias.data(),
                                   coefficients});
   return r;
@@ -109,13 +116,14 @@ double derivative(Act act, double z) {
   return (activate(act, z + step) - activate(act, z - step)) / (2 * step);
 }
 
-// y, dx, dweight and dbias by the formulas of Ioffe 2017, in double.
+// y and all gradients by the formulas of Ioffe 2017, in double.
 template <class T>
 Result<double> expected(const Case<T>& c) {
   const Shape& s = c.shape;
   Result<double> r;
   r.y.assign(c.x.size(), 0);
   r.dx.assign(c.x.size(), 0);
+  if (!c.residual.empty()) r.dresidual.assign(c.x.size(), 0);
   r.dweight.assign(s.channels, 0);
   r.dbias.assign(s.channels, 0);
   const int64_t k = s.channels_per_group;
@@ -148,6 +156,7 @@ Result<double> expected(const Case<T>& c) {
         const double pre = gamma * (z * ratio + d) + beta + added;
         r.y[i] = activate(c.act, pre);
         gradient[i] = double(c.dy[i]) * derivative(c.act, pre);
+        if (!c.residual.empty()) r.dresidual[i] = gradient[i];
         r.dweight[ch] += gradient[i] * (z * ratio + d);
         r.dbias[ch] += gradient[i];
         sum_g += gamma * gradient[i];
@@ -198,6 +207,7 @@ void check(const Case<T>& c, double tolerance) {
   const Result<T> actual = run(c, threads<1>(), false);
   compare("y", actual.y, wanted.y, tolerance, c.shape);
   compare("dx", actual.dx, wanted.dx, tolerance, c.shape);
+  compare("dresidual", actual.dresidual, wanted.dresidual, tolerance, c.shape);
   compare("dweight", actual.dweight, wanted.dweight, tolerance, c.shape);
   compare("dbias", actual.dbias, wanted.dbias, tolerance, c.shape);
   if (!same_bits(actual, run(c, threads<2>(), true)) || !same_bits(actual, run(c, threads<5>(), false))) {

@@ -130,10 +130,69 @@ def test_what_a_hook_saves_in_another_layout_is_read_right(steps: list[str]) -> 
         torch.testing.assert_close(ours, other)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda t: t.bfloat16() if t.ndim == 4 else t,
+        lambda t: t.double(),
+        lambda t: t[:1].clone(),
+        lambda t: t.half() if t.ndim == 1 else t,  # what the kernels keep, weights being as good in any dtype
+    ],
+    ids=["x in bfloat16", "all in float64", "less of all", "what is kept"],
+)
+def test_what_a_hook_saves_otherwise_is_refused(changed: Any) -> None:
+    layer, x = renorm.BatchNorm2d(64), torch.randn(32, 64, 7, 7, requires_grad=True)
+    with saved_tensors_hooks(changed, lambda tensor: tensor):
+        y = layer(x)
+    with pytest.raises(RuntimeError, match="a tensor saved for the backward must be of shape"):
+        y.backward(torch.randn_like(y))
+
+
+def test_data_set_between_forward_and_backward_is_refused() -> None:
+    layer, x = renorm.BatchNorm2d(64), torch.randn(32, 64, 7, 7, requires_grad=True)
+    y = layer(x)
+    layer.weight.data = torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"shape \(64,\) .* made it \(2,\)"):
+        y.sum().backward()
+
+
 def test_views_that_say_the_negative_of_their_memory_are_read_so() -> None:
     layer, other = renorm.BatchNorm1d(3, act="relu"), torch.nn.BatchNorm1d(3)
     x, residual = (torch._neg_view(torch.randn(8, 3)) for _ in range(2))
     torch.testing.assert_close(layer(x, residual=residual), torch.relu(other(x) + residual))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_so_are_parameters_and_statistics(name: str) -> None:
+    layers = [renorm.BatchRenorm1d(3, limits=renorm.Limits.constant(2.0, 1.0)) for _ in range(2)]
+    values, x = torch.tensor([0.5, 2.0, 1.5]), torch.randn(8, 3)
+    for layer, negative in zip(layers, (False, True), strict=True):
+        layer(x)  # of a kind that is known
+        layer.reset_running_stats()
+        getattr(layer, name).data = torch._neg_view(-values) if negative else values.clone()
+    for ours, expected in zip(train(layers[1], x), train(layers[0], x), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_counter_of_nothing_is_no_memory_to_count_in() -> None:
+    layer = renorm.BatchNorm1d(3)
+    layer.num_batches_tracked = torch.zeros(0, dtype=torch.int64)
+    assert layer(torch.randn(8, 3)).isfinite().all()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu", "silu", None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_do_not_depend_on_whether_the_residual_wants_one(
+    layout: torch.memory_format, act: Any, dtype: torch.dtype
+) -> None:
+    layer = renorm.BatchNorm2d(6, act=act)
+    x, residual = (torch.randn(9, 6, 5, 7).to(dtype, memory_format=layout) for _ in range(2))
+    alone = train(layer, x, residual=residual)
+    layer.reset_running_stats()
+    both = train(layer, x, residual=residual.clone().requires_grad_())
+    for ours, expected in zip(both, alone, strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_mkldnn_trains_as_nn_batch_norm_does() -> None:

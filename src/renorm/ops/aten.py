@@ -94,7 +94,8 @@ def _normalized(y: Tensor, x: Tensor, mean: Tensor, var: Tensor, correction: Cor
 
 
 def _gamma_times_r(weight: Tensor | None, moments: Moments, correction: Correction | None) -> Tensor | None:
-    scale = None if weight is None else weight.to(moments.mean.dtype)
+    # contiguous, since torch's backward reads a strided weight as if it were
+    scale = None if weight is None else weight.to(moments.mean.dtype).contiguous()
     if correction is None:
         return scale
     return correction.r[0] if scale is None else scale * correction.r[0]

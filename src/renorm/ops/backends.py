@@ -228,9 +228,9 @@ def _can_move(x: Tensor, state: RunningState) -> bool:
         return False  # `.data` was set, or functional_call has others: an average's steps are no integer
     device = x.device
     for tensor in state:  # a loop, which takes half as long as all(...)
-        if type(tensor) not in _PLAIN or tensor.device != device or not tensor.is_contiguous():
+        if type(tensor) not in _PLAIN or tensor.device != device or not tensor.is_contiguous() or tensor.is_neg():
             return False
-    return True
+    return steps.numel() == skipped.numel() == 1
 
 
 def of_torch(inputs: Inputs, settings: Settings) -> Implementation:

@@ -117,6 +117,8 @@ def _by_running(inputs: Inputs, settings: Settings, running: Running) -> Tensor:
         group = merge_running(running_mean, running_var, k)
         running_mean, running_var = (moment[0].repeat_interleave(k) for moment in (group.mean, group.var))
     weight, bias = (None if p is None else _as(running_mean.dtype, p) for p in (weight, bias))
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()  # torch's backward reads a strided one as if it were
     if mask is None:
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
     counted = mask.unsqueeze(1)

@@ -195,12 +195,13 @@ def _facts_of_step(
     return (
         x.shape, x.stride(), x.dtype, x.device,
         grouping.examples_per_group, grouping.channels_per_group, eps, act, limits is None, rule,
-        type(mean), mean.dtype, mean.shape, mean.device, mean.is_contiguous(),
-        type(var), var.dtype, var.shape, var.device, var.is_contiguous(),
+        type(mean), mean.dtype, mean.shape, mean.device, mean.is_contiguous(), mean.is_neg(),
+        type(var), var.dtype, var.shape, var.device, var.is_contiguous(), var.is_neg(),
         type(steps), steps.dtype, steps.shape, steps.device, type(skipped), skipped.dtype, skipped.shape,
         skipped.device, *backends.available.values(),
-        weight is None or (type(weight), weight.dtype, weight.shape, weight.device, weight.is_contiguous()),
-        bias is None or (type(bias), bias.dtype, bias.shape, bias.device, bias.is_contiguous()),
+        weight is None
+        or (type(weight), weight.dtype, weight.shape, weight.device, weight.is_contiguous(), weight.is_neg()),
+        bias is None or (type(bias), bias.dtype, bias.shape, bias.device, bias.is_contiguous(), bias.is_neg()),
         mask is None or (type(mask), mask.shape, mask.device, mask.is_contiguous()),
         residual is None or (type(residual), residual.dtype, residual.shape, residual.device, residual.stride()),
     )  # fmt: skip
@@ -232,13 +233,13 @@ def _normalize_nothing(inputs: Inputs) -> tuple[Tensor, Moments]:
 
 
 def _suit_torch(inputs: Inputs, running: Running) -> bool:
-    """Whether dtypes are as torch's batch norm wants them, so that all other checks may wait for its refusal."""
+    """Whether parameters and dtypes are as torch's batch norm wants them; all other checks may wait for its refusal."""
     x, weight, bias, *_ = inputs
     dtype = running.mean.dtype
     if torch.compiler.is_compiling() or running.var.dtype is not dtype or x.numel() == 0:
         return False
     for parameter in (weight, bias):
-        if parameter is not None and parameter.dtype is not dtype:
+        if parameter is not None and (parameter.dtype is not dtype or not parameter.is_contiguous()):
             return False
     return x.dtype is dtype or dtype is accumulation_dtype(x.dtype)
 

@@ -9,7 +9,7 @@ import ctypes
 import math
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -50,7 +50,8 @@ def _functions() -> tuple[Any, ...]:
 _make_step, _drop_step, _step, _step_backward = _functions()
 
 
-_NO_MEMORY = "the C++ kernels had no memory for a layer's step"
+def _refuse() -> NoReturn:
+    raise MemoryError("the C++ kernels had no memory for a layer's step")
 
 
 class Kind:
@@ -65,7 +66,7 @@ class Kind:
         is_dense = is_last or x.is_contiguous()
         self.strides = (x if is_dense else torch.empty_like(x, memory_format=torch.contiguous_format)).stride()
         self.wide = accumulation_dtype(x.dtype)
-        self.takes_as_they_are = (
+        self.takes_as_they_are = (  # but for the sign of x and residual, which the kind does not know
             is_dense
             and mask is None
             and (residual is None or residual.stride() == self.strides)
@@ -92,7 +93,7 @@ class Kind:
             eps,
         )
         if not self.address:
-            raise MemoryError(_NO_MEMORY)
+            _refuse()
 
     def __del__(self) -> None:
         if _drop_step is not None:  # at the interpreter's end
@@ -106,7 +107,8 @@ class Kind:
         mean, var, steps, skipped = state
         if not self.takes_as_they_are or x.is_neg() or (residual is not None and residual.is_neg()):
             x, residual = self._dense(x), None if residual is None else self._dense(residual)
-            weight, bias, mask = self._vector(weight), self._vector(bias), _contiguous(mask)
+            weight, bias = self._vector(weight), self._vector(bias)
+            mask = None if mask is None else mask.contiguous()
         r_max, d_max = (0.0, 0.0) if limits is None else limits.at(int(steps))
         y, kept = torch.empty_like(x), torch.empty_like(self.kept)
         packed = _pack_forward(
@@ -119,7 +121,7 @@ class Kind:
             y.data_ptr(), kept.data_ptr(),
         )  # fmt: skip
         if not _step(self.address, packed):
-            raise MemoryError(_NO_MEMORY)
+            _refuse()
         return y, kept, self
 
     def backward(
@@ -129,7 +131,7 @@ class Kind:
         x, weight, mask, residual, y, kept = saved
         assert x is not None
         assert kept is not None
-        # what was saved may come back in another layout, from hooks
+        # Hooks may give back what was saved in another layout; where they do not, two calls are spared.
         if x.stride() != self.strides or x.is_neg() or dy.stride() != self.strides or dy.is_neg():
             x, dy = self._dense(x), self._dense(dy)
         weight = self._vector(weight)
@@ -152,7 +154,7 @@ class Kind:
             dweight.data_ptr(), dbias.data_ptr(),
         )  # fmt: skip
         if not _step_backward(self.address, packed):
-            raise MemoryError(_NO_MEMORY)
+            _refuse()
         return dx, dweight, dbias, dresidual
 
     def count(self, kept: Tensor) -> Tensor:
@@ -171,13 +173,9 @@ class Kind:
         return tensor.new_empty_strided(tensor.shape, self.strides).copy_(tensor)
 
     def _vector(self, tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or (tensor.dtype is self.wide and tensor.is_contiguous()):
+        if tensor is None or (tensor.dtype is self.wide and tensor.is_contiguous() and not tensor.is_neg()):
             return tensor
-        return tensor.to(self.wide).contiguous()
-
-
-def _contiguous(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous()
+        return tensor.to(self.wide).contiguous().resolve_neg()
 
 
 def kind_of_step(inputs: Inputs, settings: Settings, rule: Rule) -> Kind:
