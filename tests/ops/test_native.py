@@ -144,7 +144,7 @@ def test_what_a_hook_saves_otherwise_is_refused(changed: Any) -> None:
     layer, x = renorm.BatchNorm2d(64), torch.randn(32, 64, 7, 7, requires_grad=True)
     with saved_tensors_hooks(changed, lambda tensor: tensor):
         y = layer(x)
-    with pytest.raises(RuntimeError, match="a tensor saved for the backward must be of shape"):
+    with pytest.raises(RuntimeError, match="a tensor saved for the backward must have"):
         y.backward(torch.randn_like(y))
 
 
@@ -152,7 +152,7 @@ def test_data_set_between_forward_and_backward_is_refused() -> None:
     layer, x = renorm.BatchNorm2d(64), torch.randn(32, 64, 7, 7, requires_grad=True)
     y = layer(x)
     layer.weight.data = torch.ones(2)
-    with pytest.raises(RuntimeError, match=r"shape \(64,\) .* made it \(2,\)"):
+    with pytest.raises(RuntimeError, match=r"must have 64 elements, .* of shape \(2,\)"):
         y.sum().backward()
 
 

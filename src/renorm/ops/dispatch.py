@@ -239,8 +239,10 @@ def _suit_torch(inputs: Inputs, running: Running) -> bool:
     if torch.compiler.is_compiling() or running.var.dtype is not dtype or x.numel() == 0:
         return False
     for parameter in (weight, bias):
-        if parameter is not None and (parameter.dtype is not dtype or not parameter.is_contiguous()):
+        if parameter is not None and parameter.dtype is not dtype:
             return False
+    if weight is not None and not weight.is_contiguous():
+        return False
     return x.dtype is dtype or dtype is accumulation_dtype(x.dtype)
 
 

@@ -7,7 +7,7 @@ compiler and torch.export see the registered operations, with their shapes and t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -214,7 +214,7 @@ class _StepByKernels(torch.autograd.Function):
     ) -> Any:
         kind, settings, state, limits = step
         y, kept, plan = kind.step((x, weight, bias, mask, residual), settings, state, limits)
-        ctx.settings, ctx.made = settings, (kind, plan, kept.shape)
+        ctx.settings, ctx.made = settings, (kind, plan)
         ctx.set_materialize_grads(False)
         kept_residual = kept_y = None
         if residual is not None:
@@ -225,41 +225,17 @@ class _StepByKernels(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, mask, residual, y, kept = ctx.saved_tensors
-        kind, plan, kept_shape = ctx.made
+        kind, plan = ctx.made
         if dy is not None and not (torch.is_grad_enabled() or is_watched(dy)):
-            read = x, weight, mask, residual, y, kept
-            _require_unchanged(dy, read, kept_shape)
             wants = _wants_residual(ctx, mask)
             try:
-                found = kind.backward(dy, read, plan, ctx.settings, wants)
+                found = kind.backward(dy, (x, weight, mask, residual, y, kept), plan, ctx.settings, wants)
             except LaunchError as error:
                 give_up(dy.device.type, error)
             else:
                 return *_wanted(ctx, dy, found, mask), None
         saved = Saved(x, weight, bias, mask, residual, y, plan.count(kept), plan.coefficients(kept))
         return *_gradients(ctx, dy, saved), None
-
-
-def _require_unchanged(dy: Tensor, saved: Sequence[Tensor | None], kept_shape: torch.Size) -> None:
-    """Refuse what was exchanged since the forward: past the dispatcher, nobody else looks how much memory there is."""
-    shape, dtype = dy.shape, dy.dtype  # of the output, as autograd has checked
-    x, weight, mask, residual, y, kept = saved
-    for tensor in (x, residual, y):
-        if tensor is not None and (tensor.shape != shape or tensor.dtype is not dtype):
-            _refuse_changed(tensor, shape, dtype)
-    if weight is not None and weight.shape != shape[1:2]:
-        _refuse_changed(weight, shape[1:2], weight.dtype)
-    if mask is not None and (mask.shape != (shape[0], *shape[2:]) or mask.dtype is not torch.bool):
-        _refuse_changed(mask, torch.Size((shape[0], *shape[2:])), torch.bool)
-    if kept is not None and (kept.shape != kept_shape or kept.dtype is not accumulation_dtype(dtype)):
-        _refuse_changed(kept, kept_shape, accumulation_dtype(dtype))
-
-
-def _refuse_changed(tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> NoReturn:
-    raise RuntimeError(
-        f"a tensor saved for the backward must be of shape {tuple(shape)} and {dtype}, as in the forward, and a hook "
-        f"for saved tensors, or `.data`, made it {tuple(tensor.shape)} and {tensor.dtype}"
-    )
 
 
 # Past torch's own `apply`, which asks for transforms that `is_watched` has asked for, in a third of the time of it all.

@@ -18,7 +18,7 @@ from ..limits import Limits
 from ..moments import accumulation_dtype
 from ..transforms import unwatched
 from .backends import library_files
-from .problem import Given, Inputs, RunningState, Settings
+from .problem import Given, Inputs, RunningState, Settings, require_unchanged
 from .schema import Coefficients
 from .tracking import Rule
 
@@ -78,6 +78,7 @@ class Kind:
         with unwatched():
             size = (2 + len(Coefficients._fields)) * self.groups * channels + self.groups
             self.kept = torch.empty(size, dtype=self.wide, device="cpu")
+            self.kept_bytes = self.kept.nbytes
             self.parameter = torch.empty(channels, dtype=self.wide, device="cpu")
         self.address = _make_step(
             str(x.dtype).removeprefix("torch.").encode(),
@@ -131,6 +132,7 @@ class Kind:
         x, weight, mask, residual, y, kept = saved
         assert x is not None
         assert kept is not None
+        require_unchanged(dy, saved, self.kept_bytes)
         # Hooks may give back what was saved in another layout; where they do not, two calls are spared.
         if x.stride() != self.strides or x.is_neg() or dy.stride() != self.strides or dy.is_neg():
             x, dy = self._dense(x), self._dense(dy)

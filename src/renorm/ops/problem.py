@@ -5,9 +5,10 @@ Shapes: N examples, C channels, positions *S; G example groups, K channel groups
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor
 
 from ..activation import Activation, require_activation
@@ -176,3 +177,37 @@ def checked(inputs: Inputs, settings: Settings, running: Running | RunningState 
     if residual is not None and residual.dtype != x.dtype:
         residual = residual.to(x.dtype)
     return Inputs(x, weight, bias, None if mask is None else check_mask(mask, x), residual)
+
+
+def require_unchanged(dy: Tensor, saved: Sequence[Any], kept_bytes: int) -> None:
+    """Refuse what was exchanged since the forward: past the dispatcher, nobody else looks how much memory there is.
+
+    Args:
+        dy: gradient of the output, of whose size and dtype x is.
+        saved: x, weight, mask, residual, y and what else the forward kept.
+        kept_bytes: size of the last.
+
+    Raises:
+        RuntimeError: hooks for saved tensors, or `.data`, have exchanged something for what has not its size or dtype.
+    """
+    x, weight, mask, residual, y, kept = saved
+    # dy is as autograd has checked; no loop, which a small layer would notice
+    if x.nbytes != dy.nbytes or x.dtype is not dy.dtype:
+        _refuse_changed(x, f"{dy.numel()} elements of {dy.dtype}")
+    if y is not None and (y.nbytes != dy.nbytes or y.dtype is not dy.dtype):
+        _refuse_changed(y, f"{dy.numel()} elements of {dy.dtype}")
+    if residual is not None and (residual.nbytes != dy.nbytes or residual.dtype is not dy.dtype):
+        _refuse_changed(residual, f"{dy.numel()} elements of {dy.dtype}")
+    if weight is not None and weight.numel() != x.shape[1]:
+        _refuse_changed(weight, f"{x.shape[1]} elements")
+    if mask is not None and (mask.dtype is not torch.bool or mask.numel() * x.shape[1] != x.numel()):
+        _refuse_changed(mask, f"{x.numel() // x.shape[1]} elements of {torch.bool}")
+    if kept.nbytes != kept_bytes:
+        _refuse_changed(kept, f"{kept_bytes} bytes")
+
+
+def _refuse_changed(tensor: Tensor, expected: str) -> NoReturn:
+    raise RuntimeError(
+        f"a tensor saved for the backward must have {expected}, as in the forward, and a hook for saved tensors, or "
+        f"`.data`, made it {tensor.dtype} of shape {tuple(tensor.shape)}"
+    )

@@ -20,7 +20,7 @@ from ...checks import check_devices
 from ...grouping import Grouping
 from ...limits import Limits
 from ...moments import Moments
-from ..problem import Correction, Given, Inputs, Running, RunningState, Settings, Target
+from ..problem import Correction, Given, Inputs, Running, RunningState, Settings, Target, require_unchanged
 from ..schema import Saved
 from ..tracking import Rule
 from . import tracking
@@ -221,6 +221,7 @@ def step_backward(
     x, weight, mask, residual, y, kept = saved
     assert x is not None
     assert kept is not None
+    require_unchanged(dy, saved, plan.kept.size * plan.kept.itemsize)
     if not _is_dense(x):
         x = x.contiguous()
     read = (x, _bytes_of(mask), None if residual is None else laid_out_as(x, residual),
