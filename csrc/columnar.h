@@ -376,14 +376,13 @@ bool keeps_gradient(Act act) {
 
 template <class T, class ACT>
 void differentiate_region(const Backward<T>& problem, const Parallel& parallel, const Region& region,
-                          const Affine<Accumulation<T>, Each>& affine, const SlopesOf<Accumulation<T>, Each>& slopes,
-                          T* dresidual_of_masked) {
+                          const Affine<Accumulation<T>, Each>& affine, const SlopesOf<Accumulation<T>, Each>& slopes) {
   const uint8_t* mask = region.mask(problem);
   const int64_t ahead = problem.past_cache ? fetched_ahead(region.stride) : 0;
   for_all_rows(parallel, region, [&](int64_t at, int64_t column, int64_t columns, int64_t row) RENORM_LAMBDA {
     if (mask && !mask[row]) {
       __builtin_memset(problem.dx + at, 0, columns * sizeof(T));
-      if (dresidual_of_masked) __builtin_memset(dresidual_of_masked + at, 0, columns * sizeof(T));
+      if (problem.dresidual) __builtin_memset(problem.dresidual + at, 0, columns * sizeof(T));
       return;
     }
     differentiate_run<T, ACT, false>(problem, at, 0, columns, affine.from(column), slopes.from(column), ahead);
@@ -398,19 +397,20 @@ void backward_region(const Backward<T>& problem, const Parallel& parallel, int64
   const SpreadAffine<A> spread(problem.coefficients, region, g * problem.shape.channels + first);
   const Affine<A, Each> affine = spread.affine();
   Buffer<double> columns(Sums::rows * region.width);
-  T* const kept = keeps_gradient<T>(problem.act) ? problem.dresidual : nullptr;
+  // Under a mask the first pass does not come to all rows.
+  T* const kept = !problem.mask && keeps_gradient<T>(problem.act) ? problem.dresidual : nullptr;
   const Sums sums = region_sums<T, ACT>(problem, parallel, region, affine, kept, columns.data);
   Buffer<A> rows(Slopes<A>::rows * count);
   const Slopes<A> slopes(rows.data, count);
   settle(problem, g, first, count, sums, slopes, dweight + first, dbias + first);
   const Spread<A> gradient(region, slopes.gradient), centered(region, slopes.centered), constant(region, slopes.constant);
   const SlopesOf<A, Each> slope{{gradient.values}, {centered.values}, {constant.values}};
-  if (!kept) return differentiate_region<T, ACT>(problem, parallel, region, affine, slope, problem.dresidual);
-  // What was kept is read instead of all that it was computed from; masked rows are still to be written.
+  if (!kept) return differentiate_region<T, ACT>(problem, parallel, region, affine, slope);
+  // What was kept is read instead of all that it was computed from.
   Backward<T> rest = problem;
   rest.dy = kept;
   rest.dresidual = nullptr;
-  differentiate_region<T, Fixed<Act::none>>(rest, parallel, region, affine, slope, kept);
+  differentiate_region<T, Fixed<Act::none>>(rest, parallel, region, affine, slope);
 }
 
 }  // namespace RENORM_ISA

@@ -20,7 +20,7 @@ namespace RENORM_ISA {
 constexpr int64_t kVector = 16;  // floats of the widest
 
 // Planes of less than a vector are taken several channels at once; so are short ones of many examples, where sums of
-// columns cost less than sums of planes.
+// columns cost less than sums of planes: up to two vectors, of as many as they have positions.
 inline bool has_short_planes(const Shape& shape, bool masked) {
   constexpr int64_t kShort = 64, kFewExamples = 4, kManyExamples = 64;
   const int64_t examples = shape.group_end(0);

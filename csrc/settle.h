@@ -50,19 +50,14 @@ RENORM_INLINE void sum_channels(double* __restrict to, int64_t groups, int64_t k
 }
 
 // Law of total variance over the channels of each group.
-template <class M, class V>
-RENORM_INLINE void merge_channels(double* to_mean, double* to_var, int64_t groups, int64_t k, M&& mean, V&& var) {
-  const double each = 1.0 / k;
-  sum_channels(to_mean, groups, k, [&](int64_t c, int64_t) RENORM_LAMBDA { return mean(c) * each; });
-  sum_channels(to_var, groups, k, [&](int64_t c, int64_t j) RENORM_LAMBDA {
-    const double delta = k == 1 ? 0 : mean(c) - to_mean[j];
-    return (var(c) + delta * delta) * each;
-  });
-}
 template <class A>
-void merge_running(const Rule<A>& rule, int64_t first, int64_t groups, int64_t k, double* to_mean, double* to_var) {
-  merge_channels(to_mean, to_var, groups, k, [&](int64_t c) RENORM_LAMBDA { return double(rule.running_mean[first + c]); },
-                 [&](int64_t c) RENORM_LAMBDA { return double(rule.running_var[first + c]); });
+void merge_channels(const A* mean, const A* var, int64_t groups, int64_t k, double* to_mean, double* to_var) {
+  const double each = 1.0 / k;
+  sum_channels(to_mean, groups, k, [&](int64_t c, int64_t) RENORM_LAMBDA { return mean[c] * each; });
+  sum_channels(to_var, groups, k, [&](int64_t c, int64_t j) RENORM_LAMBDA {
+    const double delta = k == 1 ? 0 : mean[c] - to_mean[j];
+    return (var[c] + delta * delta) * each;
+  });
 }
 
 // Clipping that lets NaN through, as torch.clamp does.
@@ -109,15 +104,14 @@ void settle(const Forward<T>& problem, int64_t g, int64_t first, int64_t channel
   double* each_var = offset + groups;
   if (batch) {
     batch->write_var(each_var, channels);
-    merge_channels(by.mean, by.var, groups, k, [&](int64_t c) RENORM_LAMBDA { return batch->mean[c]; },
-                   [&](int64_t c) RENORM_LAMBDA { return each_var[c]; });
+    merge_channels<double>(batch->mean, each_var, groups, k, by.mean, by.var);
   }
   for (int64_t j = 0; j < groups; ++j) by.r[j] = 1;
   for (int64_t j = 0; j < groups; ++j) by.d[j] = 0;
   if (rule.source == Source::running) {
-    merge_running(rule, first, groups, k, by.mean, by.var);
+    merge_channels(rule.running_mean + first, rule.running_var + first, groups, k, by.mean, by.var);
   } else if (rule.source == Source::renorm || rule.source == Source::weighed) {
-    merge_running(rule, first, groups, k, mean, var);
+    merge_channels(rule.running_mean + first, rule.running_var + first, groups, k, mean, var);
     if (rule.source == Source::renorm) correct(rule, mean, var, groups, by);
     else weigh(batch->count > 0 ? rule.example_weight : 0, mean, var, groups, by);
   } else if (rule.source == Source::given) {

@@ -1,5 +1,7 @@
 // A layer's step of eager code, past torch's dispatcher, which costs more than a small layer's kernels: plain C functions
 // on addresses, called by ops/native.py.
+#include <new>
+
 #include "dispatch.h"
 #include "entry.h"
 #include "tracking.h"
@@ -32,16 +34,28 @@ void with_element(Element element, F&& body) {
 }
 
 // As ops/native.py packs them, which costs less than arguments one by one do; null where there is nothing.
+template <class T, class A>
 struct ForwardArguments {
-  const void *x, *weight, *bias, *mask, *residual;
-  void *running_mean, *running_var, *steps, *skipped;
+  const T* x;
+  const A *weight, *bias;
+  const uint8_t* mask;
+  const T* residual;
+  A *running_mean, *running_var;
+  int64_t *steps, *skipped;
   double r_max, d_max;  // an r_max of 0 stands for no correction
-  void *y, *kept;
+  T* y;
+  void* kept;
 };
 
+template <class T, class A>
 struct BackwardArguments {
-  const void *dy, *x, *weight, *mask, *residual, *y;
-  void *kept, *dx, *dresidual, *dweight, *dbias;
+  const T *dy, *x;
+  const A* weight;
+  const uint8_t* mask;
+  const T *residual, *y;
+  void* kept;
+  T *dx, *dresidual;
+  A *dweight, *dbias;
 };
 
 // What a forward leaves for the backward, one after the other: mean and variance, (G, C), count, (G,), coefficients.
@@ -54,6 +68,11 @@ struct Kept {
       : mean(static_cast<A*>(memory)), var(mean + groups * channels), count(var + groups * channels),
         coefficients(count + groups, groups * channels) {}
 };
+
+// torch's tensors of zeros have none.
+void require_memory(bool is_there) {
+  if (!is_there) throw std::bad_alloc();
+}
 
 // No exception crosses into C.
 template <class F>
@@ -88,44 +107,40 @@ RENORM_EXPORT Step* renorm_make_step(const char* element, int64_t examples, int6
 
 RENORM_EXPORT void renorm_drop_step(Step* step) { delete step; }
 
-RENORM_EXPORT bool renorm_step_forward(const Step* step, const ForwardArguments* arguments) {
-  if (!arguments->x || !arguments->y) return false;  // torch's tensors of zeros have no memory
+RENORM_EXPORT bool renorm_step_forward(const Step* step, const void* arguments) {
   return succeeds([&] {
     with_element(step->element, [&](auto element) {
       using T = decltype(element);
       using A = renorm::Accumulation<T>;
+      const auto& at = *static_cast<const ForwardArguments<T, A>*>(arguments);
+      require_memory(at.x && at.y);
       const renorm::Shape& shape = step->shape;
       const int64_t groups = shape.groups();
-      const Kept<A> kept(arguments->kept, groups, shape.channels);
-      const renorm::Running<A> running{static_cast<A*>(arguments->running_mean), static_cast<A*>(arguments->running_var),
-                                       static_cast<int64_t*>(arguments->steps), static_cast<int64_t*>(arguments->skipped)};
+      const Kept<A> kept(at.kept, groups, shape.channels);
       renorm::run(renorm::Forward<T>{
           renorm::torch_threads(), shape, step->act, step->past_cache,
-          {arguments->r_max > 0 ? renorm::Source::renorm : renorm::Source::batch, static_cast<const A*>(arguments->weight),
-           static_cast<const A*>(arguments->bias), running.mean, running.var, nullptr, nullptr, arguments->r_max, arguments->d_max, 0,
-           step->eps},
-          static_cast<const T*>(arguments->x), static_cast<const T*>(arguments->residual), static_cast<const uint8_t*>(arguments->mask),
-          static_cast<T*>(arguments->y), kept.mean, kept.var, kept.count, kept.coefficients});
-      renorm::track<A>(running, {kept.mean, kept.var, kept.count, groups, shape.channels}, step->tracking,
-                       step->momentum, shape.channels_per_group, step->eps);
+          {at.r_max > 0 ? renorm::Source::renorm : renorm::Source::batch, at.weight, at.bias, at.running_mean,
+           at.running_var, nullptr, nullptr, at.r_max, at.d_max, 0, step->eps},
+          at.x, at.residual, at.mask, at.y, kept.mean, kept.var, kept.count, kept.coefficients});
+      renorm::track<A>({at.running_mean, at.running_var, at.steps, at.skipped},
+                       {kept.mean, kept.var, kept.count, groups, shape.channels}, step->tracking, step->momentum,
+                       shape.channels_per_group, step->eps);
     });
   });
 }
 
-RENORM_EXPORT bool renorm_step_backward(const Step* step, const BackwardArguments* arguments) {
-  if (!arguments->dy || !arguments->x || !arguments->dx) return false;
+RENORM_EXPORT bool renorm_step_backward(const Step* step, const void* arguments) {
   return succeeds([&] {
     with_element(step->element, [&](auto element) {
       using T = decltype(element);
       using A = renorm::Accumulation<T>;
+      const auto& at = *static_cast<const BackwardArguments<T, A>*>(arguments);
+      require_memory(at.dy && at.x && at.dx);
       const renorm::Shape& shape = step->shape;
-      const Kept<A> kept(arguments->kept, shape.groups(), shape.channels);
-      renorm::run(renorm::Backward<T>{
-          renorm::torch_threads(), shape, step->act, step->past_cache, static_cast<const A*>(arguments->weight), kept.count,
-          static_cast<const T*>(arguments->dy), static_cast<const T*>(arguments->x), static_cast<const T*>(arguments->residual),
-          static_cast<const T*>(arguments->y), static_cast<const uint8_t*>(arguments->mask), static_cast<T*>(arguments->dx),
-          static_cast<T*>(arguments->dresidual), static_cast<A*>(arguments->dweight), static_cast<A*>(arguments->dbias),
-          kept.coefficients});
+      const Kept<A> kept(at.kept, shape.groups(), shape.channels);
+      renorm::run(renorm::Backward<T>{renorm::torch_threads(), shape, step->act, step->past_cache, at.weight,
+                                      kept.count, at.dy, at.x, at.residual, at.y, at.mask, at.dx, at.dresidual,
+                                      at.dweight, at.dbias, kept.coefficients});
     });
   });
 }

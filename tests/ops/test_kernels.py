@@ -18,7 +18,10 @@ from torch import Tensor, nn
 import renorm
 from renorm import functional
 from renorm.activation import activate
+from renorm.grouping import Grouping
 from renorm.ops import backends
+from renorm.ops.problem import Inputs, Settings
+from renorm.ops.schema import NormalizeArguments
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -374,3 +377,9 @@ def test_means_are_far_nearer_than_the_output_rounds(
         layer(x)
         errors.append((layer.running_mean.double() - x.double().mean((0, 2, 3))).abs().mean())
     assert torch.stack(errors).mean() < 2e-8  # standard deviations; float rounds numbers below 1 by 3e-8
+
+
+def test_the_operations_refuse_a_batch_of_nothing() -> None:
+    arguments = NormalizeArguments.of(Inputs(torch.empty(0, 3, 4)), Settings(Grouping(), 1e-5), None)
+    with pytest.raises(RuntimeError, match="x must have elements"):
+        torch.ops.renorm.normalize(*arguments)

@@ -76,7 +76,8 @@ def step(inputs: Inputs, step: Step) -> Tensor:
         The output.
     """
     y: Tensor = _apply_step(*inputs, step)
-    torch.autograd.graph.increment_version(step[2])
+    _, _, state, _ = step
+    torch.autograd.graph.increment_version(state)
     return y
 
 

@@ -22,8 +22,8 @@ from .problem import Given, Inputs, RunningState, Settings, require_unchanged
 from .schema import Coefficients
 from .tracking import Rule
 
-_ADDRESS, _NUMBER, _SIZE, _NAME = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64, ctypes.c_char_p
-_PACKED = ctypes.c_char_p
+_ADDRESS, _NUMBER, _SIZE = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64
+_NAME = _PACKED = ctypes.c_char_p
 # ForwardArguments and BackwardArguments in csrc/step.cpp
 _pack_forward, _pack_backward = struct.Struct("9P2d2P").pack, struct.Struct("11P").pack
 
